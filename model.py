@@ -1,0 +1,355 @@
+"""
+GPT-2 in one file: the network, a KV-cached generate, and weights in and out.
+
+    model = load("gpt2")                      # a size, one of our runs or checkpoints, or a Hugging Face folder or repository
+    hidden = model.hidden(idx)                # (B, T, C) after the final LayerNorm, no logits yet
+    logits = model(idx)                       # (B, T, V)
+    python model.py runs/dpo my-gpt2          # export: a folder that transformers' from_pretrained loads
+
+Letters, here and everywhere: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs head size.
+Parameters carry the names of the published GPT-2 weights. Two differences from them: every matrix is an
+nn.Linear (out, in), where theirs is a Conv1D (in, out), and the head is the token embedding itself, so it is
+stored once. The training scripts never call forward(): they put the vocabulary matrix only to the
+positions that are scored (losses.py).
+"""
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from files import (InputError, download, read_checkpoint, read_json, read_safetensors, torch_load, write_atomically,
+                   write_safetensors)
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+
+SIZES = {
+    "mini":        GPTConfig(block_size=512, vocab_size=2048, n_layer=2, n_head=4, n_embd=128),  # 0.7 M, from scratch
+    "gpt2":        GPTConfig(n_layer=12, n_head=12, n_embd=768),    # 124 M
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),   # 355 M
+    "gpt2-large":  GPTConfig(n_layer=36, n_head=20, n_embd=1280),   # 774 M
+    "gpt2-xl":     GPTConfig(n_layer=48, n_head=25, n_embd=1600),   # 1558 M
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the network
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache, layer):
+        B, T, C = x.size()
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # each (B, nh, T, hs)
+                   for part in self.c_attn(x).split(C, dim=2))
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(layer, k, v)
+        # without a mask: causal. Padding sits on the right, where no real token can see it, so it needs no mask either.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)   # heads side by side again
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache, layer):
+        x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, head tied to the embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise InputError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # tokens, and the head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)   # positions
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        std = 0.02 * max(1.0, (768 / config.n_embd) ** 0.5)   # GPT-2's 0.02 is for 768 channels; a narrower sum needs larger terms
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):   # two additions to the stream a layer: it should not grow with depth
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=std / 2 if name == "wpe.weight" else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx, cache=None):
+        """idx (B, T) token ids -> (B, T, C) final hidden states, one matrix product short of the logits."""
+        B, T = idx.size()
+        pos = torch.arange(T, device=idx.device).expand(B, T) if cache is None else cache.positions(T)   # (B, T)
+        if cache is None and T > self.config.block_size:
+            raise InputError(f"a sequence of {T} tokens does not fit block_size {self.config.block_size}")
+        x = self.drop(self.wte(idx) + self.wpe(pos))
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        return self.ln_f(x)
+
+    def forward(self, idx):
+        """idx (B, T) -> logits (B, T, V)."""
+        return F.linear(self.hidden(idx), self.wte.weight)
+
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
+        """Continue each prompt. Greedy at temperature 0.
+
+        prompts: list of B sequences of token ids, of any lengths; stop: a function from the ids generated so far
+        to True when the answer is over (a stop string, say); generator: a torch.Generator of the model's device.
+        Returns a list of B lists of new ids. An answer ends with end-of-text (the last id of the vocabulary,
+        included), when stop says so, after max_new_tokens, or when the context is full.
+        """
+        return _generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator)
+
+
+def flops(config, lengths, scored):
+    """FLOPs of one forward pass over sequences of these lengths with the head at `scored` positions; backward costs twice
+    that. 2 per weight and token, and 4 C per layer and attended position (FORMULAS.md section 10)."""
+    tokens, attended = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    blocks = 12 * config.n_layer * config.n_embd ** 2
+    return 2 * blocks * tokens + 4 * config.n_layer * config.n_embd * attended + 2 * config.vocab_size * config.n_embd * scored
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+class KVCache:
+    """Keys and values of past tokens, so that a new token costs one position and not the whole sequence.
+
+    Prompts of unequal length stand left-aligned. Row b holds `lengths[b]` tokens; what lies to the right of them is
+    padding, hidden by the mask until a new token overwrites it.
+    """
+
+    def __init__(self, config, lengths, size, dtype):
+        B, device = len(lengths), lengths.device
+        self.lengths, self.size, self.prefill = lengths, size, True
+        self.kv = torch.zeros(2, config.n_layer, B, config.n_head, size, config.n_embd // config.n_head,
+                              device=device, dtype=dtype)
+        self.rows = torch.arange(B, device=device)
+        self.columns = torch.arange(size, device=device)
+
+    def positions(self, T):
+        return self.columns[:T].expand(len(self.rows), T) if self.prefill else self.lengths[:, None]   # (B, T)
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, nh, T, hs) of the new tokens; return the keys, the values and the mask to attend with."""
+        keys, values = self.kv[:, layer]
+        if self.prefill:   # whole prompts: plain causal attention among themselves
+            keys[:, :, :k.size(2)], values[:, :, :v.size(2)] = k, v
+            return k, v, None
+        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+        T = self.longest + 1
+        mask = self.columns[:T] <= self.lengths[:, None]   # (B, T): the past and the token itself
+        return keys[:, :, :T], values[:, :, :T], mask[:, None, None]
+
+    def advance(self):
+        """After the prompts, and after each token: where the next one goes. A full row writes over its last place."""
+        self.lengths = (self.lengths if self.prefill else self.lengths + 1).clamp(max=self.size - 1)
+        self.prefill, self.longest = False, int(self.lengths.max())
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> token ids (B,). top_k keeps the k likeliest, top_p the fewest that hold that much probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)   # probability of everything likelier
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator):
+    config, device = model.config, model.wte.weight.device
+    lengths = [len(p) for p in prompts]
+    if not all(0 < n <= config.block_size for n in lengths):
+        raise InputError(f"a prompt of {max(lengths) if min(lengths) else 0} tokens: a prompt takes 1 to block_size "
+                         f"{config.block_size} tokens")
+    was_training = model.training
+    model.eval()
+    idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(idx, prompts):
+        row[:len(prompt)] = torch.as_tensor([int(t) for t in prompt])
+    cache = KVCache(config, torch.tensor(lengths, device=device), min(config.block_size, max(lengths) + max_new_tokens),
+                    torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype)
+    answers, open_ = [[] for _ in prompts], [True] * len(prompts)
+    x = idx.to(device)
+    for _ in range(max_new_tokens):
+        h = model.hidden(x, cache)
+        h = h[cache.rows, cache.lengths - 1 if cache.prefill else 0]   # (B, C) the last token of each row
+        cache.advance()
+        tokens = sample(F.linear(h, model.wte.weight), temperature, top_k, top_p, generator)
+        for b, token in enumerate(tokens.tolist()):
+            if open_[b]:
+                answers[b].append(token)
+                full = lengths[b] + len(answers[b]) > config.block_size   # the new token itself needs a position
+                open_[b] = not (token == config.vocab_size - 1 or full or (stop is not None and stop(answers[b])))
+        if not any(open_):
+            break
+        x = tokens[:, None]   # closed rows run on with the others, unread
+    model.train(was_training)
+    return answers
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights in and out
+
+HUB_NAMES = {name: f"openai-community/{name}" for name in SIZES if name != "mini"}
+
+
+def download_model(repository):
+    """The folder that holds a hub repository's config.json and weights; safetensors where it has them."""
+    config = download(f"{repository}/resolve/main/config.json")
+    try:
+        download(f"{repository}/resolve/main/model.safetensors")
+    except FileNotFoundError:
+        download(f"{repository}/resolve/main/pytorch_model.bin")
+    return config.parent
+
+
+def load(name, dropout=0.0, block_size=None):
+    """A GPT in fp32 on the CPU: `mini` (random, from torch's global generator), a size in SIZES (weights from the hub), one of
+    our run folders (its best.pt) or checkpoints, a Hugging Face GPT-2 folder, or `hf:owner/repository`. A smaller block_size
+    drops the positions behind it."""
+    config, state = _read(name)
+    if block_size is not None and not 0 < block_size <= config.block_size:
+        raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
+    config = replace(config, dropout=dropout, block_size=block_size or config.block_size)
+    if state is None:
+        return GPT(config)
+    state["wpe.weight"] = state["wpe.weight"][:config.block_size].clone()
+    return _build(config, state, name)
+
+
+def _read(name):
+    """(GPTConfig, state dict with this file's names and shapes); the state is None where the weights are to be random."""
+    path = Path(name)
+    if name == "mini":
+        return SIZES["mini"], None
+    if name in HUB_NAMES:
+        return from_folder(download_model(HUB_NAMES[name]))
+    if name.startswith("hf:"):
+        return from_folder(download_model(name.removeprefix("hf:")))
+    if path.is_file() or (path / "best.pt").is_file():
+        checkpoint = read_checkpoint(path if path.is_file() else path / "best.pt")
+        return GPTConfig(**checkpoint["model_config"]), checkpoint["model"]
+    if path.is_dir():
+        return from_folder(path)
+    raise InputError(f"no model {name!r}: expected {', '.join(SIZES)}, a run folder, a checkpoint, a Hugging Face GPT-2 folder, "
+                     "or hf:OWNER/REPOSITORY")
+
+
+def _build(config, state, source):
+    """A model that takes over the tensors of `state`: no random initialisation, every key and shape accounted for."""
+    with torch.device("meta"):
+        model = GPT(config)
+    want = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    have = {key: tuple(t.shape) for key, t in state.items()}
+    if want != have:
+        wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+        raise InputError(f"{source}: {len(wrong)} tensors do not fit the model, first {wrong[0]}: expected shape "
+                         f"{want.get(wrong[0], 'none')}, found {have.get(wrong[0], 'none')}")
+    broken = [key for key, t in state.items() if not t.isfinite().all()]
+    if broken:
+        raise InputError(f"{source}: {broken[0]} holds numbers that are not finite")
+    model.load_state_dict({key: t.float() for key, t in state.items()}, strict=True, assign=True)
+    return model.requires_grad_(True)
+
+
+def is_conv1d(key):
+    return key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))   # stored (in, out) by OpenAI
+
+
+def from_folder(folder):
+    """A Hugging Face GPT-2 folder: config.json with model.safetensors or, where that is missing, pytorch_model.bin."""
+    folder = Path(folder)
+    if not any((folder / f).is_file() for f in ("model.safetensors", "pytorch_model.bin")):
+        raise InputError(f"{folder}: expected best.pt (a run), model.safetensors or pytorch_model.bin (Hugging Face), found none of them")
+    config = read_json(folder / "config.json")
+    for key, value in {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}.items():
+        if config.get(key, value if key != "model_type" else None) != value:
+            raise InputError(f"{folder}/config.json: expected {key} {value!r}, found {config.get(key)!r}")
+    try:
+        config = GPTConfig(config.get("n_positions", config.get("n_ctx", 1024)),
+                           *(config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")))
+    except KeyError as e:
+        raise InputError(f"{folder}/config.json: the key {e} is missing") from None
+    safe = folder / "model.safetensors"
+    state = read_safetensors(safe) if safe.is_file() else torch_load(folder / "pytorch_model.bin")
+    if not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise InputError(f"{folder}: expected tensors only in pytorch_model.bin")
+    state = {key.removeprefix("transformer."): t for key, t in state.items()
+             if not key.endswith((".attn.bias", ".attn.masked_bias"))}   # old files store the causal mask
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not ("wte.weight" in state and torch.equal(head, state["wte.weight"])):
+        raise InputError(f"{folder}: lm_head.weight differs from wte.weight, but GPT-2 ties them")
+    state = {key: t.t().contiguous() if is_conv1d(key) and t.dim() == 2 else t for key, t in state.items()}
+    return config, state
+
+
+def export(model, folder):
+    """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained(folder) loads."""
+    folder, c = Path(folder), model.config
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: nothing is overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    eot = c.vocab_size - 1
+    write_atomically(folder / "config.json", json.dumps({
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5, "n_positions": c.block_size, "n_ctx": c.block_size, "vocab_size": c.vocab_size,
+        "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "bos_token_id": eot, "eos_token_id": eot,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}, indent=2).encode())
+    write_safetensors(folder / "model.safetensors", {"transformer." + key: t.t() if is_conv1d(key) else t
+                                                     for key, t in model.state_dict().items()})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python model.py MODEL FOLDER     write MODEL as a Hugging Face GPT-2 folder")
+    try:
+        export(load(sys.argv[1]), sys.argv[2])
+    except (InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
