@@ -1,0 +1,331 @@
+"""
+What every script needs around its loop: flags from a dataclass, device and seed, the run folder, metrics, checkpoints, resume,
+and the progress line.
+
+A run folder holds config.json (every flag, versions, counts), metrics.jsonl (one object an event, append-only), last.pt (to
+resume from), best.pt (what the next stage loads), samples.txt and pictures. One process writes a folder at a time.
+"""
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import inspect
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy
+import tiktoken
+import torch
+
+from files import InputError, read_checkpoint, read_json, write_atomically, write_checkpoint
+
+
+@dataclass
+class Config:
+    """The flags that the training scripts share. Each comment is the flag's help text."""
+    out: str = "runs/run"                     # the run folder
+    overwrite: bool = False                   # replace the run that is in --out
+    resume: bool = False                      # go on with the run in --out, with its own flags
+    init: str = "mini"                        # mini, gpt2[-medium|-large|-xl], a run folder, a checkpoint, a Hugging Face GPT-2
+    data: str = "minihh"                      # minihh, hh-rlhf[/SUBSET], a .jsonl[.gz] file or folder, or TRAIN,VALID
+    half: Literal["all", "sft", "preference"] = "all"   # which half of the training pairs; the two halves share no dialogue
+    seed: int = 1                             # of weights, data order, dropout and samples
+    device: str = "auto"                      # auto, cpu, cuda, cuda:1, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
+    dropout: float = 0.0                      # in every block and after the embedding
+    steps: int | None = None                  # accumulated steps; wins over --epochs
+    epochs: float = 1.0                       # passes over the training pairs
+    stop_at: int | None = None                # stop after this step as if interrupted, to be resumed
+    micro_batch: int = 32                     # examples in one forward and backward pass
+    accumulate: int = 1                       # micro-batches per step
+    block_size: int | None = None             # context in tokens; the model's own unless given
+    optimizer: str = "adamw"                  # a name in optim.OPTIMIZERS
+    lr: float = 1e-3                          # peak learning rate
+    betas: tuple[float, ...] | None = None    # comma-separated; the optimizer's own unless given
+    weight_decay: float = 0.1                 # on matrices only
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"   # after the warm-up; the last two end at a tenth of --lr
+    warmup: int = 0                           # steps of linear rise
+    grad_clip: float = 1.0                    # largest norm of a step's gradient; 0: no clipping
+    eval_every: int = 100                     # steps between evaluations; also at step 0 and at the end
+    eval_samples: int = 400                   # validation pairs an evaluation looks at
+    save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
+    log_every: int = 10                       # steps between lines of metrics and of progress
+
+# ----------------------------------------------------------------------------------------------------------------------
+# flags
+
+def parse(Config, argv=None):
+    """A Config from the command line: one --flag per field. With --resume the flags come from the run's config.json, and those
+    typed beside it must agree (stop-at may change)."""
+    parser = _Parser(description=inspect.getmodule(Config).__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+                     allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", "\n".join(map(inspect.getsource, Config.__mro__[-2::-1])), re.M))
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind, options = hints[field.name], {}
+        if isinstance(kind, types.UnionType):   # X | None
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            options = {"action": "store_true"}
+        elif typing.get_origin(kind) is Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:
+            options = {"type": _listed(typing.get_args(kind)[0]), "metavar": "X,Y,..."}
+        else:
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        default = "" if kind is bool or field.default is None else f" [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=(comments[field.name] + default).replace("%", "%%"), **options)
+    typed = vars(parser.parse_args(argv))
+    cfg = Config(**typed)
+    if getattr(cfg, "resume", False):
+        stored = Run(cfg).stored_flags()
+        cfg = Config(**{**stored, **{key: typed[key] for key in MAY_CHANGE if key in typed}})
+        check_same(cfg.out, stored, {key: value for key, value in typed.items() if key not in MAY_CHANGE})
+    return cfg
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; -h lists the flags")
+
+
+def _listed(kind):
+    def parse(text):
+        try:
+            return tuple(kind(x) for x in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers with commas between them, found {text!r}") from None
+    return parse
+
+
+MAY_CHANGE = ("resume", "overwrite", "stop_at", "out")   # flags in which a resumed run may differ
+
+
+def check_same(out, stored, given):
+    differ = [f"--{k.replace('_', '-')} was {stored.get(k)}, now {v}" for k, v in given.items() if stored.get(k) != v]
+    if differ:
+        raise InputError(f"{out} cannot be resumed with other flags: {'; '.join(differ)}")
+
+
+def validate(cfg):
+    """What argparse cannot see: numbers that make no sense."""
+    for name, low in {"steps": 0, "epochs": 0, "stop_at": 1, "micro_batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0,
+                      "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "log_every": 1,
+                      "dropout": 0, "seed": 0}.items():
+        value = getattr(cfg, name)
+        if value is not None and not value >= low:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
+    if cfg.dropout >= 1:
+        raise InputError(f"--dropout: expected a share below 1, found {cfg.dropout}")
+
+
+def command_line(main, Config):
+    """Run main(cfg) as a program: exit status 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    try:
+        main(parse(Config))
+    except InputError as e:
+        sys.exit(_fail(str(e)))
+    except OSError as e:   # missing file, no permission, full disk: the message names the file
+        sys.exit(_fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)))
+    except KeyboardInterrupt:
+        print("\ninterrupted before the first step", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message):
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+# ----------------------------------------------------------------------------------------------------------------------
+# device
+
+def setup(cfg):
+    """Seed torch; return the device and a function that makes the autocast context for a forward pass."""
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    torch.manual_seed(cfg.seed)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device, (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
+
+
+def count_steps(cfg, examples):
+    """--steps, or what --epochs comes to."""
+    return cfg.steps if cfg.steps is not None else max(1, round(cfg.epochs * examples / (cfg.micro_batch * cfg.accumulate)))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run folder
+
+class Run:
+    """One run: its folder, its counters, its checkpoints. Making a Run only looks; begin() is the first thing that writes.
+
+    at      the counters that every line of metrics starts with
+    final   what the last evaluation found
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.path = cfg, Path(cfg.out)
+        self.at = {"step": 0, "updates": 0, "micro_step": 0, "samples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
+        self.best, self.last_evaluation, self.final, self.stop = float("inf"), -1, {}, False
+        if cfg.resume and cfg.overwrite:
+            raise InputError("--resume and --overwrite exclude each other")
+        used = [f for f in ("config.json", "metrics.jsonl", "last.pt", "best.pt") if (self.path / f).exists()]
+        if used and not (cfg.resume or cfg.overwrite):
+            raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
+        if cfg.resume and not (self.path / "last.pt").is_file():
+            raise InputError(f"{self.path} holds no last.pt to resume from")
+
+    def stored_flags(self):
+        flags = read_json(self.path / "config.json").get("flags")
+        if not isinstance(flags, dict) or flags.keys() != {f.name for f in dataclasses.fields(self.cfg)}:
+            raise InputError(f"{self.path}/config.json: its flags are not those of this script and version")
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+
+    def begin(self, model, optimizer, steps, **facts):
+        """Take the folder: lock it, then clear it, or with --resume put everything back to where last.pt was written. `facts`
+        go into config.json. From here on Ctrl-C ends the run after the step in hand, with a checkpoint."""
+        self.steps, checkpoint, offsets = steps, None, {}
+        if self.cfg.resume:
+            check_same(self.path, self.stored_flags(), {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE})
+            checkpoint = read_checkpoint(self.path / "last.pt")
+            if checkpoint["init_sha256"] != facts["init_sha256"]:
+                raise InputError(f"{self.path} cannot be resumed: --init {self.cfg.init} holds other weights than when it began")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.path}: another process is writing this run") from None
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            _set_rng_state(checkpoint["rng"])
+            offsets = checkpoint["offsets"]
+            self.at, self.best, self.last_evaluation, self.final = (checkpoint[k] for k in ("at", "best", "last_evaluation", "final"))
+            self.say(f"resumed at step {self.at['step']} of {steps}")
+        else:
+            for pattern in ("*.pt", "*.png", "*.part", "config.json", "metrics.jsonl", "samples.txt"):
+                for file in self.path.glob(pattern):
+                    file.unlink()
+        for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
+            with open(self.path / name, "ab") as f:
+                f.truncate(offsets.get(name, 0))
+        self.init_sha256, self.began_at, self.began = facts["init_sha256"], self.at["step"], time.time()
+        here = Path(__file__).parent
+        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        write_atomically(self.path / "config.json", json.dumps({
+            "script": Path(inspect.getfile(type(self.cfg))).name, "flags": dataclasses.asdict(self.cfg), "steps": steps,
+            "model": dataclasses.asdict(model.config), "parameters": sum(p.numel() for p in model.parameters()), **facts,
+            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, numpy, tiktoken, matplotlib)}},
+            "commit": git.stdout.strip() or None}, indent=2).encode())
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _interrupt(self, number, frame):
+        if self.stop:   # the second time: at once
+            raise KeyboardInterrupt
+        self.stop = True
+        print("\nstopping after this step ...", file=sys.stderr)
+
+    # -- the loop asks and tells ---------------------------------------------------------------------------------------
+
+    def evaluation_due(self):
+        step = self.at["step"]
+        return step > self.last_evaluation and (step % self.cfg.eval_every == 0 or step == self.steps)
+
+    def evaluated(self, model, key, found, samples):
+        """Keep an evaluation; best.pt is the one with the lowest `key`."""
+        self.final, self.last_evaluation = found, self.at["step"]
+        self._log(**found, peak_memory=peak_memory())
+        with open(self.path / "samples.txt", "a") as f:
+            f.write(f"=== step {self.at['step']}\n{samples}")
+        if found[key] < self.best:
+            self.best = found[key]
+            write_checkpoint(self.path / "best.pt", self._weights(model))
+
+    def goes_on(self, model, optimizer):
+        """Save last.pt where it is due; whether there is another step to do."""
+        step = self.at["step"]
+        ends = step >= self.steps or step == self.cfg.stop_at or self.stop
+        if ends or step % (self.cfg.save_every or self.cfg.eval_every) == 0:
+            offsets = {f: (self.path / f).stat().st_size for f in ("metrics.jsonl", "samples.txt")}
+            write_checkpoint(self.path / "last.pt", {
+                **self._weights(model), "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets, "at": self.at,
+                "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final, "init_sha256": self.init_sha256})
+        return not ends
+
+    def stepped(self, began, samples, tokens, flops, **values):
+        """Count a step; every --log-every steps a line of metrics and a line of progress."""
+        took, a = time.time() - began, self.at
+        self.at = {"step": a["step"] + 1, "updates": a["updates"] + 1, "micro_step": a["micro_step"] + self.cfg.accumulate,
+                   "samples": a["samples"] + samples, "tokens": a["tokens"] + tokens, "flops": a["flops"] + flops,
+                   "seconds": a["seconds"] + took}
+        if self.at["step"] % self.cfg.log_every == 0:
+            self._log(**values, tokens_per_second=tokens / took)
+            step, steps = self.at["step"], self.steps
+            left = (time.time() - self.began) / (step - self.began_at) * (steps - step)
+            numbers = " | ".join(f"{key.removeprefix('train_').replace('_', ' ')} {value:.4g}" for key, value in values.items())
+            line = f"step {step:>5}/{steps} {step / steps:4.0%} | {numbers} | {tokens / took:,.0f} tokens/s | {clock(left)} left"
+            terminal = sys.stdout.isatty()
+            print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)
+
+    def say(self, text):
+        """A line that stays, also where the progress line overwrites itself."""
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+
+    def end(self):
+        """Give the folder and the signals back; after an interrupt, end the program with status 130."""
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        self.lock.close()
+        if self.stop:
+            self.say(f"interrupted: go on with --resume --out {self.path}")
+            raise SystemExit(130)
+        return {**self.at, **self.final, "best": self.best}
+
+    def _weights(self, model):
+        return {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
+
+    def _log(self, **values):
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({**self.at, **values}) + "\n")
+
+
+def clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def _rng_state():
+    """torch's global generators (dropout draws from them); they load under weights_only."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def peak_memory():
+    """Bytes: of the GPU where there is one, else the process's largest resident size."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,178 @@
+"""
+Direct preference optimisation (DPO), and its conservative variant CDPO: a model learns from pairs to prefer the chosen response.
+
+    python train_dpo.py                                   # from runs/sft, the embedded data
+    python train_dpo.py --loss cdpo --gamma 10 --out runs/cdpo
+    python train_dpo.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
+
+The reference is a frozen copy of --init, run beside the policy. Both see every pair with dropout off. Before the first step they
+are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
+
+Simplified: one process, one GPU; the reference is computed anew every epoch; prompt and response of a pair run twice.
+"""
+import copy
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import data
+import losses
+import model as gpt
+import optim
+import plots
+import runs
+from files import InputError, fingerprint
+
+
+@dataclass
+class Config(runs.Config):
+    out: str = "runs/dpo"
+    init: str = "runs/sft"
+    lr: float = 5e-5
+    warmup: int = 10
+    eval_every: int = 50
+    loss: Literal["dpo", "cdpo"] = "dpo"   # cdpo adds gamma times a regulariser over the whole vocabulary
+    beta: float = 0.1                      # how many nats of log-ratio make one unit of reward
+    gamma: float = 1.0                     # weight of CDPO's regulariser
+    label_smoothing: float = 0.0           # share of pairs that are taken to be labelled wrong; for --loss dpo
+
+
+def compare(cfg, model, reference, batch):
+    """Loss and rewards of a micro-batch of B pairs: losses, chosen and rejected rewards, regulariser (or None), each (B,)."""
+    hidden = batch.pick(model.hidden(batch.tokens))
+    with torch.no_grad():
+        ref_hidden = batch.pick(reference.hidden(batch.tokens))
+        ref_logps = losses.sequence_logps(losses.token_logps(ref_hidden, reference.wte.weight, batch.targets), batch.owner, batch.responses)
+    if cfg.loss == "cdpo":
+        loss, regularizer, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden,
+                                                    reference.wte.weight, ref_logps, cfg.beta, cfg.gamma)
+    else:
+        logps = losses.sequence_logps(losses.token_logps(hidden, model.wte.weight, batch.targets), batch.owner, batch.responses)
+        regularizer = None
+    dpo, chosen, rejected = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
+    return (dpo if regularizer is None else loss), chosen, rejected, regularizer
+
+
+@torch.no_grad()
+def evaluate(cfg, model, reference, autocast, valid):
+    """The plain DPO loss and both accuracies on held-out pairs, so that DPO and CDPO runs compare; how far the policy has moved on
+    those responses over the whole vocabulary; and what it says when it is sampled, with the KL there."""
+    device = model.wte.weight.device
+    parts, per_token = [], []
+    with autocast():
+        for rows in data.in_order(valid, cfg.micro_batch):
+            batch = data.pair_batch(valid, rows).to(device)
+            hidden, ref_hidden = batch.pick(model.hidden(batch.tokens)), batch.pick(reference.hidden(batch.tokens))
+            logp, ref_logp = (losses.token_logps(h, m.wte.weight, batch.targets) for h, m in ((hidden, model), (ref_hidden, reference)))
+            logps, ref_logps = (losses.sequence_logps(x, batch.owner, batch.responses) for x in (logp, ref_logp))
+            parts.append((*logps.chunk(2), *ref_logps.chunk(2)))
+            entropy, _, kl, r = losses.divergences(hidden, model.wte.weight, ref_hidden, reference.wte.weight, batch.targets, cfg.beta)
+            r = losses.sequence_logps(r, batch.owner, batch.responses) / torch.bincount(batch.owner)
+            per_token.append((entropy.sum(), kl.sum(), len(kl), r.sum()))
+        answers = data.sample_answers(model, valid, cfg.seed)
+        batch = data.collate([valid[i][0] for i in range(len(answers))], answers).to(device)
+        hidden, ref_hidden = batch.pick(model.hidden(batch.tokens)), batch.pick(reference.hidden(batch.tokens))
+        _, sampled_kl, _, _ = losses.divergences(hidden, model.wte.weight, ref_hidden, reference.wte.weight, batch.targets, cfg.beta)
+
+    chosen, rejected, ref_chosen, ref_rejected = map(torch.cat, zip(*parts))
+    with autocast():   # it decides how close a tie is
+        won = losses.reward_wins(chosen, rejected, ref_chosen, ref_rejected)
+    loss, chosen_rewards, rejected_rewards = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
+    entropy, kl, positions, r = (sum(values) for values in zip(*per_token))
+    found = {
+        "val_dpo_loss": loss.mean(), "val_reward_accuracy": won.mean(), "val_logp_accuracy": losses.wins(chosen, rejected).mean(),
+        "val_margin": (chosen_rewards - rejected_rewards).mean(),
+        "val_chosen_reward": chosen_rewards.mean(), "val_rejected_reward": rejected_rewards.mean(),
+        "val_chosen_logps": chosen.mean(), "val_rejected_logps": rejected.mean(),
+        "val_kl": sampled_kl.sum() / len(answers), "policy_entropy": entropy / positions, "val_full_kl": kl / positions,
+        "regularizer": r / (2 * len(valid)), "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2),
+        "baseline_sft_logps": losses.wins(ref_chosen, ref_rejected).mean(), "ties": (won == 0.5).float().mean()}
+    return {key: float(value) for key, value in found.items()}, data.show(model, valid, answers)
+
+
+def check_start(found):
+    """Before the first step the policy is the reference."""
+    if found["ties"] != 1 or abs(found["val_dpo_loss"] - math.log(2)) > 1e-2:
+        raise InputError(f"at step 0 policy and reference differ: DPO loss {found['val_dpo_loss']:.6f}, expected log 2 = "
+                         f"{math.log(2):.6f}; {found['ties']:.1%} of the pairs tie, expected all")
+
+
+def main(cfg):
+    runs.validate(cfg)
+    if cfg.dropout:
+        raise InputError(f"--dropout {cfg.dropout}: DPO compares policy and reference with dropout off, expected 0")
+    if cfg.loss == "cdpo" and cfg.label_smoothing:
+        raise InputError("--label-smoothing goes with --loss dpo only")
+    for name, low, high in (("beta", 1e-9, math.inf), ("gamma", 0, math.inf), ("label_smoothing", 0, 0.5)):
+        if not low <= getattr(cfg, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
+    run = runs.Run(cfg)
+
+    # ---- device and seed ---------------------------------------------------------------------------------------------
+    device, autocast = runs.setup(cfg)
+
+    # ---- model and reference -----------------------------------------------------------------------------------------
+    model = gpt.load(cfg.init, block_size=cfg.block_size).to(device).eval()
+    reference = copy.deepcopy(model).requires_grad_(False)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    train, valid, counts = data.load(cfg.data, model.config, cfg.half)
+    valid = valid[:cfg.eval_samples]
+    order = data.Order(train.lengths().sum(1), cfg.micro_batch, cfg.seed)
+    steps = runs.count_steps(cfg, len(train))
+    longer = data.longer_wins(valid)
+
+    # ---- optimizer ---------------------------------------------------------------------------------------------------
+    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay)
+
+    what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
+    run.say(f"{what}, of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
+            f"{cfg.micro_batch * cfg.accumulate} pairs\ndata {cfg.data}: {data.describe(counts)}\n"
+            f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
+            f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
+    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), device=str(device), data=counts,
+              baseline_longer_wins=longer, val_pairs=len(valid))
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
+    while True:
+        if run.evaluation_due():
+            found, samples = evaluate(cfg, model, reference, autocast, valid)
+            if run.at["step"] == 0:
+                check_start(found)
+            run.evaluated(model, "val_dpo_loss", found, samples)
+            plots.draw(run.path)
+            run.say(f"step {run.at['step']:>5} held-out DPO loss {found['val_dpo_loss']:.4f} | reward accuracy {found['val_reward_accuracy']:.3f} | "
+                    f"margin {found['val_margin']:.3f} | KL {found['val_kl']:.2f} | sampled answers {found['sampled_length']:.0f} tokens, "
+                    f"distinct-2 {found['distinct_2']:.2f}")
+        if not run.goes_on(model, optimizer):
+            break
+
+        began, step = time.time(), run.at["step"]
+        lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
+        batches = [data.pair_batch(train, order[step * cfg.accumulate + k]).to(device) for k in range(cfg.accumulate)]
+        pairs = sum(batch.responses for batch in batches) // 2   # of the whole step: the mean is over pairs, not over micro-batches
+        chosen, rejected, train_loss = [], [], 0.0
+        for batch in batches:
+            with autocast():
+                loss, *rewards, regularizer = compare(cfg, model, reference, batch)
+            (loss.sum() / pairs).backward()
+            train_loss += loss.sum().item() / pairs
+            chosen.append(rewards[0])
+            rejected.append(rewards[1])
+        norm = optim.clip(model, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        chosen, rejected = torch.cat(chosen), torch.cat(rejected)
+        run.stepped(began, samples=pairs, tokens=sum(sum(b.lengths) for b in batches),
+                    flops=sum(4 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # 3 policy, 1 reference
+                    train_loss=train_loss, train_reward_accuracy=losses.wins(chosen, rejected).mean().item(),
+                    train_margin=(chosen - rejected).mean().item(), grad_norm=norm, lr=lr)
+
+    return run.end()
+
+
+if __name__ == "__main__":
+    runs.command_line(main, Config)

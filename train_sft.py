@@ -1,0 +1,116 @@
+"""
+Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
+
+    python train_sft.py                                         # the embedded data, from scratch, on a laptop
+    python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
+
+Simplified: one process, one GPU; a micro-batch is a padded rectangle.
+"""
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import data
+import losses
+import model as gpt
+import optim
+import plots
+import runs
+from files import fingerprint
+
+
+@dataclass
+class Config(runs.Config):
+    out: str = "runs/sft"
+    epochs: float = 5.0
+    lr: float = 2e-3
+    warmup: int = 20
+    loss_on: Literal["response", "all"] = "response"   # what is learned: the last answer, or every token of the dialogue
+
+
+@torch.no_grad()
+def evaluate(cfg, model, autocast, train, valid):
+    """Loss on held-out and on training examples, how often the chosen response is likelier than the rejected one, and what sampled
+    answers look like. Draws from a generator of its own, so that evaluating changes nothing."""
+    device, found = model.wte.weight.device, {}
+    model.eval()
+    with autocast():
+        for key, tokens in (("val_loss", valid), ("train_eval_loss", train)):
+            nll = scored = 0
+            for rows in data.in_order(tokens, cfg.micro_batch):
+                batch = data.sft_batch(tokens, rows, cfg.loss_on).to(device)
+                logps = losses.token_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets)
+                nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
+            found[key] = nll / scored
+        logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2) for rows in data.in_order(valid, cfg.micro_batch)]
+        chosen, rejected = map(torch.cat, zip(*logps))
+        answers = data.sample_answers(model, valid, cfg.seed)
+    model.train()
+    found |= {"val_logp_accuracy": losses.wins(chosen, rejected).mean().item(), "val_chosen_logps": chosen.mean().item(),
+              "val_rejected_logps": rejected.mean().item(), "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2)}
+    return found, data.show(model, valid, answers)
+
+
+def main(cfg):
+    runs.validate(cfg)
+    run = runs.Run(cfg)
+
+    # ---- device and seed ---------------------------------------------------------------------------------------------
+    device, autocast = runs.setup(cfg)
+
+    # ---- model -------------------------------------------------------------------------------------------------------
+    model = gpt.load(cfg.init, dropout=cfg.dropout, block_size=cfg.block_size).to(device)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    train, valid, counts = data.load(cfg.data, model.config, cfg.half)
+    valid = valid[:cfg.eval_samples]
+    order = data.Order(train.lengths()[:, :2].sum(1), cfg.micro_batch, cfg.seed)
+    steps = runs.count_steps(cfg, len(train))
+    unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size), data.longer_wins(valid)
+
+    # ---- optimizer ---------------------------------------------------------------------------------------------------
+    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay)
+
+    run.say(f"SFT of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
+            f"{cfg.micro_batch * cfg.accumulate} dialogues\ndata {cfg.data}: {data.describe(counts)}\n"
+            f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
+    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), device=str(device), data=counts,
+              baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
+    while True:
+        if run.evaluation_due():
+            found, samples = evaluate(cfg, model, autocast, train[:200], valid)
+            run.evaluated(model, "val_loss", found, samples)
+            plots.draw(run.path)
+            run.say(f"step {run.at['step']:>5} held-out loss {found['val_loss']:.4f}, train {found['train_eval_loss']:.4f} | chosen likelier "
+                    f"{found['val_logp_accuracy']:.3f} | sampled answers {found['sampled_length']:.0f} tokens, distinct-2 {found['distinct_2']:.2f}")
+        if not run.goes_on(model, optimizer):
+            break
+
+        began, step = time.time(), run.at["step"]
+        lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
+        batches = [data.sft_batch(train, order[step * cfg.accumulate + k], cfg.loss_on).to(device) for k in range(cfg.accumulate)]
+        # Every micro-batch's summed loss is divided by the tokens of the whole step: then K micro-batches of unequal length
+        # have the gradient of one large batch. A mean of their means would not.
+        normaliser = sum(len(batch.targets) for batch in batches)
+        train_loss = 0.0
+        for batch in batches:
+            with autocast():
+                loss = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, normaliser)
+            loss.backward()
+            train_loss += loss.item()
+        norm = optim.clip(model, cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.stepped(began, samples=sum(b.responses for b in batches), tokens=sum(sum(b.lengths) for b in batches),
+                    flops=sum(3 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),
+                    train_loss=train_loss, grad_norm=norm, lr=lr)
+
+    return run.end()
+
+
+if __name__ == "__main__":
+    runs.command_line(main, Config)
