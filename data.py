@@ -12,14 +12,13 @@ together, since random batches of HH-RLHF are half padding.
 """
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
-import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -72,7 +71,7 @@ def read_pairs(path):
     opener = gzip.open if path.name.endswith(".gz") else open
     line_number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
+        with opener(path, "rb") as f:
             for line_number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -83,15 +82,16 @@ def read_pairs(path):
                     pairs.append(pair)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise InputError(f"{path}:{line_number + 1}: the file is cut off or damaged ({e})") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}:{line_number + 1}: expected UTF-8 text ({e.reason})") from None
     return pairs, dropped
 
 
 def _row(path, n, line):
     try:
+        line = line.decode()
         row = json.loads(line)
-    except ValueError as e:
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}:{n}: expected UTF-8 text ({e.reason})") from None
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}:{n}: expected a JSON object, found {line.strip()[:40]!r} ({e})") from None
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -110,10 +110,10 @@ HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-reject
 def load_pairs(name, splits=("train", "valid"), half="all"):
     """A data set -> ({split: list of Pair}, Counter of dropped and glued rows).
 
-    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a .jsonl[.gz]
-    file or a folder of them (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that we make go by the first
-    human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak. half: `sft` or `preference`,
-    two disjoint halves of the training pairs.
+    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a
+    .jsonl[.gz] file or a folder of them (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that we make go by
+    the first human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak. half: `sft` or
+    `preference`, two disjoint halves of the training pairs.
     """
     counts = Counter()
     if name == "minihh":
@@ -124,10 +124,10 @@ def load_pairs(name, splits=("train", "valid"), half="all"):
         if subset and subset not in HH_SUBSETS:
             raise InputError(f"no subset {subset!r} of hh-rlhf: expected {', '.join(HH_SUBSETS)}")
         folders = [subset] if subset else HH_SUBSETS
-        hub = {"train": [f"{folder}/train.jsonl.gz" for folder in folders], "test": [f"{folder}/test.jsonl.gz" for folder in folders]}
+        hub = {kind: [f"{folder}/{kind}.jsonl.gz" for folder in folders] for kind in ("train", "test")}
         found = {}
         for kind, paths in hub.items():
-            if kind == "test" and "test" not in splits:
+            if not {"test": {"test"}, "train": {"train", "valid"}}[kind] & set(splits):
                 continue
             pairs = _read_all([download(f"datasets/Anthropic/hh-rlhf/resolve/main/{p}") for p in paths], counts)
             if kind == "test":
@@ -153,15 +153,15 @@ def load_pairs(name, splits=("train", "valid"), half="all"):
     for split, pairs in found.items():
         counts[f"{split} pairs"] = len(pairs)
         if not pairs:
-            why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped")) or "no row was dropped"
-            raise InputError(f"--data {name}: the {split} split is empty ({why})")
+            why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped"))
+            raise InputError(f"--data {name}: the {split} split is empty ({why or 'no row was dropped'})")
     return found, counts
 
 
 def _draw(pair, salt):
     """A number in [0, 1) that depends on the first human turn alone."""
     first_turn = pair.prompt.split(ASSISTANT)[0]
-    return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode()).digest()[:6], "big") / 2 ** 48
+    return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode(errors="surrogatepass")).digest()[:6], "big") / 2 ** 48
 
 
 def _files(path):
@@ -172,7 +172,8 @@ def _files(path):
             raise InputError(f"{path}: expected .jsonl or .jsonl.gz files in this folder, found none")
         return files
     if not path.is_file():
-        raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, or a path, and there is no such file")
+        raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, or a path, and there is no such "
+                         "file")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"{path}: expected a .jsonl or .jsonl.gz file")
     return [path]
@@ -272,14 +273,15 @@ def tokenize(pairs, vocab_size, block_size):
         key.update(repr(tuple(pair)).encode())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()[:32]}.npz"
     try:
-        with np.load(cached, allow_pickle=False) as f:   # a zip file: its checksums are verified while reading
-            return Tokens(f["flat"], f["ends"]), Counter(json.loads(str(f["cut"])))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass   # not there, or damaged: made again below
+        found = cached.read_bytes()
+        if hashlib.sha256(found[32:]).digest() == found[:32]:   # else damaged: made again below
+            with np.load(io.BytesIO(found[32:]), allow_pickle=False) as f:
+                return Tokens(f["flat"], f["ends"]), Counter(json.loads(str(f["cut"])))
+    except FileNotFoundError:
+        pass
     encoding = tokenizer(vocab_size)
     texts = [part for pair in pairs for part in pair]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ids = list(pool.map(encoding.encode_ordinary, texts, chunksize=1000))
+    ids = [encoding.encode_ordinary(text) for text in texts]
     turn, eot, cut = encoding.encode_ordinary(HUMAN), vocab_size - 1, Counter()
     parts = []
     for i in range(0, len(ids), 3):
@@ -297,8 +299,9 @@ def tokenize(pairs, vocab_size, block_size):
     tokens = Tokens(flat, np.cumsum([len(part) for part in parts], dtype=np.int64).reshape(-1, 3))
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.savez(f, flat=tokens.flat, ends=tokens.ends, cut=json.dumps(cut))
+    blob = io.BytesIO()
+    np.savez(blob, flat=tokens.flat, ends=tokens.ends, cut=json.dumps(cut))
+    part.write_bytes(hashlib.sha256(blob.getbuffer()).digest() + blob.getbuffer())
     os.replace(part, cached)
     return tokens, cut
 

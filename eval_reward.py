@@ -4,9 +4,9 @@ Judge models on the test split, which no training script reads.
     python eval_reward.py                                             # mini, runs/sft and runs/dpo on the embedded data
     python eval_reward.py --models gpt2-medium,runs/sft-medium,runs/dpo-medium --data hh-rlhf
 
-Two questions, two tables. Are the answers right? On the embedded data a checker knows (minihh.check); every model answers the same
-test prompts, greedily and sampled at temperature 1. Does the model tell the better answer from the worse? A DPO run has an implicit
-reward, beta (log pi - log ref), and we count the test pairs it ranks right. Both matter: a DPO run can win nearly all
+Two questions, two tables. Are the answers right? On the embedded data a checker knows (minihh.check); every model answers the
+same test prompts, greedily and sampled at temperature 1. Does the model tell the better answer from the worse? A DPO run has an
+implicit reward, beta (log pi - log ref), and we count the test pairs it ranks right. Both matter: a DPO run can win nearly all
 pairs while its answers get worse. A model is compared, prompt by prompt, with the one it was trained from.
 """
 import json
@@ -31,7 +31,7 @@ class Config:
     models: tuple[str, ...] = ("mini", "runs/sft", "runs/dpo")    # what to judge, with commas between
     data: str = "minihh"                                          # as in training; the test split of it
     prompts: int = 1000                                           # how many test pairs at most
-    max_new_tokens: int = 64                                      # per answer
+    max_new_tokens: int = 48                                      # per answer
     show: int = 4                                                 # prompts whose answers are printed
     seed: int = 1                                                 # of the sampled answers
     device: str = "auto"                                          # auto, cpu, cuda, cuda:1, ...
@@ -50,8 +50,8 @@ def answer(cfg, model, tokens, temperature):
     generator = torch.Generator(model.wte.weight.device).manual_seed(cfg.seed)
     prompts = [tokens[i][0] for i in range(len(tokens))]
     found = []
-    for i in range(0, len(prompts), 200):
-        found += model.generate(prompts[i:i + 200], cfg.max_new_tokens, temperature, generator=generator)
+    for i in range(0, len(prompts), 300):
+        found += model.generate(prompts[i:i + 300], cfg.max_new_tokens, temperature, generator=generator)
     return found
 
 
@@ -60,8 +60,9 @@ def pair_logps(model, tokens, autocast):
     """Log-probabilities of the chosen and the rejected responses, (2, n)."""
     found = torch.zeros(2, len(tokens))
     for rows in data.in_order(tokens, 32):
+        batch = data.pair_batch(tokens, rows).to(model.wte.weight.device)
         with autocast():
-            found[:, rows] = losses.batch_logps(model, data.pair_batch(tokens, rows).to(model.wte.weight.device)).float().cpu().view(2, -1)
+            found[:, rows] = losses.batch_logps(model, batch).float().cpu().view(2, -1)
     return found
 
 
@@ -107,9 +108,11 @@ def main(cfg):
                 shown.append(texts[:cfg.show])
         if beta is not None:
             policy, ref = (pair_logps(m, tokens, autocast) for m in (model, gpt.load(init).to(device).eval()))
-            won = losses.reward_wins(*policy, *ref).numpy()
-            score["pairs"] = {"beta": beta, "reward_accuracy": float(won.mean()), "interval": data.interval(float(won.mean()), len(won)),
-                              "init_logp_accuracy": float(losses.wins(*ref).mean()), "logp_accuracy": float(losses.wins(*policy).mean())}
+            with autocast():   # it decides how close a tie is
+                won = losses.reward_wins(*policy, *ref).numpy()
+            accuracy, init_accuracy = float(won.mean()), float(losses.wins(*ref).mean())
+            score["pairs"] = {"beta": beta, "reward_accuracy": accuracy, "interval": data.interval(accuracy, len(won)),
+                              "logp_accuracy": float(losses.wins(*policy).mean()), "init_logp_accuracy": init_accuracy}
             if checked:
                 score["pairs"] |= {"by_group": by_group(won, groups), "by_skill": by_group(won, skills),
                                    "by_flaw": by_group(won, [e.flaw for e in examples])}
@@ -123,7 +126,7 @@ def main(cfg):
 
 
 def report(cfg, scores, pairs, shown):
-    width = max(map(len, scores))
+    width = max(20, *map(len, scores))
     for i in range(min(cfg.show, len(pairs))):
         print(f"--- test prompt{pairs[i].prompt}")
         for name, texts in zip(scores, shown):
@@ -131,20 +134,24 @@ def report(cfg, scores, pairs, shown):
     print(f"\n{len(pairs)} test prompts of {cfg.data}, answers of at most {cfg.max_new_tokens} tokens")
     for mode in ("greedy", "sampled"):
         groups = list(next(iter(scores.values()))[mode].get("by_group", ()))
-        print(f"\n{mode + ', share right' if groups else mode:{width + 16}}" + "".join(f"{g:>10}" for g in (["all"] if groups else []) + groups)
-              + f"{'tokens':>8}{'distinct-2':>12}")
+        columns = ["all", *groups] if groups else []
+        print(f"\n{mode + (', share right' if groups else ''):{width}}" + "".join(f"{c:>10}" for c in columns)
+              + f"{'tokens':>10}{'distinct-2':>12}")
         for name, s in scores.items():
             s = s[mode]
-            print(f"{name:{width + 16}}" + (f"{s['right']:10.3f}" if groups else "") + "".join(f"{s['by_group'][g]:10.3f}" for g in groups)
-                  + f"{s['length']:8.1f}{s['distinct_2']:12.2f}")
+            shares = [s["right"], *s["by_group"].values()] if groups else []
+            print(f"{name:{width}}" + "".join(f"{x:10.3f}" for x in shares) + f"{s['length']:10.1f}{s['distinct_2']:12.2f}")
+    print()
     for name, s in scores.items():
         for mode in ("greedy", "sampled"):
             if "against_init" in s[mode]:
-                print(f"{name} against {s['init']}, {mode}: {s[mode]['against_init']:+.3f} +- {s[mode]['against_init_95']:.3f} (paired, 95 %)")
+                print(f"{name} against {s['init']}, {mode}: {s[mode]['against_init']:+.3f} +- {s[mode]['against_init_95']:.3f} "
+                      "(paired, 95 %)")
         if "pairs" in s:
             p = s["pairs"]
-            print(f"{name}: reward accuracy on the test pairs {p['reward_accuracy']:.3f} [{p['interval'][0]:.3f}, {p['interval'][1]:.3f}]; "
-                  f"longer-wins {s['longer_wins']:.3f}, log-prob of {s['init']} {p['init_logp_accuracy']:.3f}")
+            low, high = p["interval"]
+            print(f"{name}: reward accuracy on the test pairs {p['reward_accuracy']:.3f} [{low:.3f}, {high:.3f}]; longer-wins "
+                  f"{s['longer_wins']:.3f}, log-prob of {s['init']} {p['init_logp_accuracy']:.3f}")
             for by in ("by_group", "by_flaw", "by_skill"):
                 if by in p:
                     print(f"    {by.replace('_', ' ')}: " + ", ".join(f"{k} {v:.2f}" for k, v in p[by].items()))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import struct
 import sys
 import urllib.error
 import urllib.request
@@ -36,14 +37,19 @@ def read_safetensors(path):
             raise InputError(f"{path}: a header of {n} bytes in a file of {size}: cut off, or not safetensors")
         try:
             header = json.loads(f.read(n))
-            spans = {key: (DTYPES[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for key, t in header.items()
-                     if key != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            spans = {}
+            for key, t in header.items():
+                if key != "__metadata__":
+                    (start, end), shape = t["data_offsets"], tuple(t["shape"])
+                    if not all(type(x) is int and 0 <= x < 2**63 for x in (start, end, *shape)):
+                        raise ValueError(f"{key} {shape} at bytes {start} to {end}")
+                    spans[key] = DTYPES[t["dtype"]], shape, start, end
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{path}: unreadable safetensors header ({e!r})") from None
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
     state = {}
     for key, (dtype, shape, start, end) in spans.items():
-        if not 0 <= start <= end <= len(data) or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
+        if not start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
             raise InputError(f"{path}: {key} {shape} at bytes {start} to {end} of {len(data)}: the file is cut off or damaged")
         state[key] = data[start:end].clone().view(dtype).reshape(shape)
     return state
@@ -89,11 +95,16 @@ def read_json(path):
     return found
 
 
+# What torch's reader and the unpickler raise on bytes that are not what they expect.
+DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error,
+          pickle.UnpicklingError, zipfile.BadZipFile)
+
+
 def torch_load(path):
     """torch.load that runs no code from the file; a cut-off, damaged or foreign file is one clear error."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+    except DAMAGE as e:
         first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first.strip()[:120]})") from None
     if not isinstance(found, dict):
@@ -158,14 +169,14 @@ class _KeepLinkedHeaders(urllib.request.HTTPRedirectHandler):
 def download(path):
     """Fetch $HF_ENDPOINT/path once; return where it lies. A broken transfer is taken up where it ended, the whole is
     checked by its size and, where the server gives a 64-digit ETag, by SHA-256; until then it has another name."""
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{path}"
+    url = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{path}"
     target = cache_folder() / path
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     print(f"downloading {url}", file=sys.stderr)
-    for attempt in range(3):
+    for _ in range(3):
         try:
             problem = _fetch(url, part)
         except urllib.error.HTTPError as e:
@@ -174,7 +185,7 @@ def download(path):
             problem = f"the server answered {e.code} {e.reason}"
             if e.code == 416:   # what we have is longer than the file: start again
                 part.unlink(missing_ok=True)
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as e:   # ValueError: not a URL
             if isinstance(e, OSError) and e.errno == 28:
                 raise
             problem = str(getattr(e, "reason", e))
@@ -200,8 +211,6 @@ def _fetch(url, part):
                 f.write(chunk)
     found = part.stat().st_size
     if size is not None and found != int(size):
-        if found > int(size):
-            part.unlink()
         return f"{found} of {size} bytes arrived"
     expected = etag.removeprefix("W/").strip('"')
     if len(expected) == 64:

@@ -44,9 +44,9 @@ class _Head(torch.autograd.Function):
             logp, target = log_softmax(hidden[rows], weight, ctx.matmul_dtype), targets[rows, None]
             if ref_hidden is None:
                 d = torch.zeros_like(logp)
-            else:   # d sigmoid(beta x) / dx = beta s (1 - s), at every token but the realised one
-                d = log_softmax(ref_hidden[rows], ref_weight, ctx.matmul_dtype)
-                d = torch.sub(logp, d, out=d).mul_(ctx.beta).sigmoid_()
+            else:   # d sigmoid(beta x) / dx = beta s (1 - s), at every token but the realised one; in place, chunks are large
+                ref_logp = log_softmax(ref_hidden[rows], ref_weight, ctx.matmul_dtype)
+                d = torch.sub(logp, ref_logp, out=ref_logp).mul_(ctx.beta).sigmoid_()   # s
                 d.addcmul_(d, d, value=-1).mul_(grad_regularizer[rows, None] * ctx.beta / (logp.size(1) - 1))
                 d.scatter_(1, target, 0.0)
             d.scatter_add_(1, target, grad_logp[rows, None])
@@ -69,7 +69,9 @@ def chunks(n, vocabulary):
 def matmul_dtype(hidden, weight):
     """What a matrix product here runs in: autocast's dtype where that is on, else the widest of the two."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def log_softmax(hidden, weight, dtype):
@@ -92,10 +94,14 @@ def sequence_logps(logps, owner, n):
     return torch.zeros(n, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 
 
+def response_logps(hidden, weight, batch):
+    """The log-probability of each response of a data.Batch, (R,), given the hidden states at its scored places."""
+    return sequence_logps(token_logps(hidden, weight, batch.targets), batch.owner, batch.responses)
+
+
 def batch_logps(model, batch):
-    """The log-probability of each response of a data.Batch, (R,)."""
-    logps = token_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets)
-    return sequence_logps(logps, batch.owner, batch.responses)
+    """The same from the model."""
+    return response_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch)
 
 
 def sft_loss(hidden, weight, targets, normaliser):

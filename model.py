@@ -15,7 +15,7 @@ positions that are scored (losses.py).
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        std = 0.02 * max(1.0, (768 / config.n_embd) ** 0.5)   # GPT-2's 0.02 is for 768 channels; a narrower sum needs larger terms
+        std = 0.02 * max(1.0, (768 / config.n_embd) ** 0.5)   # 0.02 is for 768 channels; a narrower sum needs larger terms
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):   # two additions to the stream a layer: it should not grow with depth
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
@@ -159,7 +159,7 @@ class KVCache:
 
     def __init__(self, config, lengths, size, dtype):
         B, device = len(lengths), lengths.device
-        self.lengths, self.size, self.prefill = lengths, size, True
+        self.lengths, self.size, self.prefill, self.longest = lengths, size, True, None
         self.kv = torch.zeros(2, config.n_layer, B, config.n_head, size, config.n_embd // config.n_head,
                               device=device, dtype=dtype)
         self.rows = torch.arange(B, device=device)
@@ -198,13 +198,17 @@ def sample(logits, temperature, top_k, top_p, generator):
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)   # probability of everything likelier
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    cdf = logits.softmax(-1).cumsum(-1)   # one uniform number a row; torch.multinomial draws V of them
+    u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
 @torch.no_grad()
 def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator):
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
+    if not prompts:
+        return []
     if not all(0 < n <= config.block_size for n in lengths):
         raise InputError(f"a prompt of {max(lengths) if min(lengths) else 0} tokens: a prompt takes 1 to block_size "
                          f"{config.block_size} tokens")
@@ -241,12 +245,13 @@ HUB_NAMES = {name: f"openai-community/{name}" for name in SIZES if name != "mini
 
 def download_model(repository):
     """The folder that holds a hub repository's config.json and weights; safetensors where it has them."""
-    config = download(f"{repository}/resolve/main/config.json")
-    try:
-        download(f"{repository}/resolve/main/model.safetensors")
-    except FileNotFoundError:
-        download(f"{repository}/resolve/main/pytorch_model.bin")
-    return config.parent
+    folder = download(f"{repository}/resolve/main/config.json").parent
+    if not (folder / "pytorch_model.bin").is_file():   # it lies there only if there were no safetensors
+        try:
+            download(f"{repository}/resolve/main/model.safetensors")
+        except FileNotFoundError:
+            download(f"{repository}/resolve/main/pytorch_model.bin")
+    return folder
 
 
 def load(name, dropout=0.0, block_size=None):
@@ -256,11 +261,13 @@ def load(name, dropout=0.0, block_size=None):
     config, state = _read(name)
     if block_size is not None and not 0 < block_size <= config.block_size:
         raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
-    config = replace(config, dropout=dropout, block_size=block_size or config.block_size)
+    cut = replace(config, dropout=dropout, block_size=block_size or config.block_size)
     if state is None:
-        return GPT(config)
-    state["wpe.weight"] = state["wpe.weight"][:config.block_size].clone()
-    return _build(config, state, name)
+        return GPT(cut)
+    wpe = state.get("wpe.weight")
+    if wpe is not None and wpe.shape[:1] == (config.block_size,):   # anything else is for _build to refuse
+        state["wpe.weight"] = wpe[:cut.block_size].clone()
+    return _build(cut, state, name)
 
 
 def _read(name):
@@ -274,6 +281,8 @@ def _read(name):
         return from_folder(download_model(name.removeprefix("hf:")))
     if path.is_file() or (path / "best.pt").is_file():
         checkpoint = read_checkpoint(path if path.is_file() else path / "best.pt")
+        if checkpoint["model_config"].keys() != asdict(GPTConfig()).keys():
+            raise InputError(f"{name}: a checkpoint of another version, with {', '.join(checkpoint['model_config'])}")
         return GPTConfig(**checkpoint["model_config"]), checkpoint["model"]
     if path.is_dir():
         return from_folder(path)
@@ -306,19 +315,21 @@ def from_folder(folder):
     """A Hugging Face GPT-2 folder: config.json with model.safetensors or, where that is missing, pytorch_model.bin."""
     folder = Path(folder)
     if not any((folder / f).is_file() for f in ("model.safetensors", "pytorch_model.bin")):
-        raise InputError(f"{folder}: expected best.pt (a run), model.safetensors or pytorch_model.bin (Hugging Face), found none of them")
+        raise InputError(f"{folder}: expected best.pt (a run), model.safetensors or pytorch_model.bin (Hugging Face), "
+                         "found none of them")
     config = read_json(folder / "config.json")
-    for key, value in {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}.items():
+    for key, value in {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                       "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}.items():
         if config.get(key, value if key != "model_type" else None) != value:
             raise InputError(f"{folder}/config.json: expected {key} {value!r}, found {config.get(key)!r}")
-    try:
-        config = GPTConfig(config.get("n_positions", config.get("n_ctx", 1024)),
-                           *(config[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")))
-    except KeyError as e:
-        raise InputError(f"{folder}/config.json: the key {e} is missing") from None
+    sizes = {"n_positions": config.get("n_positions", config.get("n_ctx", 1024)),
+             **{key: config.get(key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}}
+    if not all(type(n) is int and n > 0 for n in sizes.values()):
+        raise InputError(f"{folder}/config.json: expected whole numbers above 0, found {sizes}")
+    config = GPTConfig(*sizes.values())
     safe = folder / "model.safetensors"
     state = read_safetensors(safe) if safe.is_file() else torch_load(folder / "pytorch_model.bin")
-    if not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not all(isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()):
         raise InputError(f"{folder}: expected tensors only in pytorch_model.bin")
     state = {key.removeprefix("transformer."): t for key, t in state.items()
              if not key.endswith((".attn.bias", ".attn.masked_bias"))}   # old files store the causal mask

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "momentum": (lambda groups, lr, betas: torch.optim.SGD(groups, lr, momentum=betas[0], fused=True), (0.9,)),
     "nesterov": (lambda groups, lr, betas: torch.optim.SGD(groups, lr, momentum=betas[0], nesterov=True, fused=True), (0.9,)),
     "adam":     (lambda groups, lr, betas: torch.optim.Adam(groups, lr, betas, fused=True), (0.9, 0.999)),   # L2, not decoupled
-    "adamw":    (lambda groups, lr, betas: torch.optim.AdamW(groups, lr, betas, fused=True), (0.9, 0.95)),
+    "adamw":    (lambda groups, lr, betas: torch.optim.AdamW(groups, lr, betas, fused=True), (0.9, 0.99)),
 }
 
 
@@ -45,7 +45,7 @@ def lr_at(step, steps, lr, schedule="cosine", warmup=0):
     constant, or down to a tenth at the last step, on a line or on half a cosine."""
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - 1 - warmup)
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[schedule]
     return lr * (1 - 0.9 * fall)
 
@@ -58,4 +58,7 @@ def set_lr(optimizer, lr):
 
 def clip(model, largest):
     """Scale the gradient down to norm `largest` (0: leave it); return its norm before."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if largest:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return norm.item()

@@ -47,9 +47,9 @@ def finish(axis, x, y, **legend):
         axis.legend(frameon=False, fontsize=8, **legend)
 
 
-def baseline(axis, y, name):
+def baseline(axis, y, name, style="--"):
     if y is not None:
-        axis.axhline(y, color=BASELINE, linestyle="--", linewidth=1, label=f"{name} {y:.3f}")
+        axis.axhline(y, color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {y:.3f}")
 
 
 def sft_loss(events, config, path):
@@ -85,11 +85,13 @@ def accuracy(events, config, path):
     figure, axes = canvas(3 if has_rewards else 2)
     axis, unit = axes[0], "pairs seen" if has_rewards else "dialogues seen"
     if has_rewards:
-        axis.plot(*series(events, "train_reward_accuracy"), color=TRAIN, linewidth=0.8, label="reward, training (labels as they come)")
-        axis.plot(*series(events, "val_reward_accuracy"), color=HELD_OUT, marker=".", label=f"reward, held out, n = {config['val_pairs']}")
+        axis.plot(*series(events, "train_reward_accuracy"), color=TRAIN, linewidth=0.8,
+                  label="reward, training (labels as they come)")
+        axis.plot(*series(events, "val_reward_accuracy"), color=HELD_OUT, marker=".",
+                  label=f"reward, held out, n = {config['val_pairs']}")
         baseline(axis, next((e["baseline_sft_logps"] for e in events if "baseline_sft_logps" in e), None), "the start's log-prob")
     axis.plot(*series(events, "val_logp_accuracy"), color=CHOSEN, marker=".", label="log-prob: chosen likelier than rejected")
-    baseline(axis, config["baseline_longer_wins"], "longer wins")
+    baseline(axis, config["baseline_longer_wins"], "longer wins", ":")
     axis.set_ylim(0, 1)
     finish(axis, unit, "share of pairs that are ranked right", loc="lower right")
     if has_rewards:
@@ -101,8 +103,8 @@ def accuracy(events, config, path):
     axes[-1].plot(*series(events, "val_rejected_logps"), color=REJECTED, marker=".", label="rejected")
     finish(axes[-1], unit, "log-probability of a response, held out")
     if has_rewards:
-        figure.supxlabel("Two negative rewards are no bug: only the gap between them enters the loss, and both fall when the policy moves "
-                         "probability to other answers.", fontsize=8)
+        figure.supxlabel("Two negative rewards are no bug: only the gap between them enters the loss, and both fall when the "
+                         "policy moves probability to other answers.", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

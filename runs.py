@@ -87,7 +87,8 @@ def parse(Config, argv=None):
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         default = "" if kind is bool or field.default is None else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=(comments[field.name] + default).replace("%", "%%"), **options)
+        text = (comments[field.name] + default).replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **options)
     typed = vars(parser.parse_args(argv))
     cfg = Config(**typed)
     if getattr(cfg, "resume", False):
@@ -201,7 +202,8 @@ class Run:
         go into config.json. From here on Ctrl-C ends the run after the step in hand, with a checkpoint."""
         self.steps, checkpoint, offsets = steps, None, {}
         if self.cfg.resume:
-            check_same(self.path, self.stored_flags(), {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE})
+            given = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE}
+            check_same(self.path, self.stored_flags(), given)
             checkpoint = read_checkpoint(self.path / "last.pt")
             if checkpoint["init_sha256"] != facts["init_sha256"]:
                 raise InputError(f"{self.path} cannot be resumed: --init {self.cfg.init} holds other weights than when it began")
@@ -216,7 +218,8 @@ class Run:
             optimizer.load_state_dict(checkpoint["optimizer"])
             _set_rng_state(checkpoint["rng"])
             offsets = checkpoint["offsets"]
-            self.at, self.best, self.last_evaluation, self.final = (checkpoint[k] for k in ("at", "best", "last_evaluation", "final"))
+            for key in ("at", "best", "last_evaluation", "final"):
+                setattr(self, key, checkpoint[key])
             self.say(f"resumed at step {self.at['step']} of {steps}")
         else:
             for pattern in ("*.pt", "*.png", "*.part", "config.json", "metrics.jsonl", "samples.txt"):
@@ -227,11 +230,12 @@ class Run:
                 f.truncate(offsets.get(name, 0))
         self.init_sha256, self.began_at, self.began = facts["init_sha256"], self.at["step"], time.time()
         here = Path(__file__).parent
+        modules = (torch, numpy, tiktoken, matplotlib)
         git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         write_atomically(self.path / "config.json", json.dumps({
             "script": Path(inspect.getfile(type(self.cfg))).name, "flags": dataclasses.asdict(self.cfg), "steps": steps,
             "model": dataclasses.asdict(model.config), "parameters": sum(p.numel() for p in model.parameters()), **facts,
-            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, numpy, tiktoken, matplotlib)}},
+            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
             "commit": git.stdout.strip() or None}, indent=2).encode())
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -266,8 +270,9 @@ class Run:
         if ends or step % (self.cfg.save_every or self.cfg.eval_every) == 0:
             offsets = {f: (self.path / f).stat().st_size for f in ("metrics.jsonl", "samples.txt")}
             write_checkpoint(self.path / "last.pt", {
-                **self._weights(model), "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets, "at": self.at,
-                "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final, "init_sha256": self.init_sha256})
+                **self._weights(model), "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets,
+                "at": self.at, "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final,
+                "init_sha256": self.init_sha256})
         return not ends
 
     def stepped(self, began, samples, tokens, flops, **values):

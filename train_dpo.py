@@ -31,65 +31,63 @@ from files import InputError, fingerprint
 class Config(runs.Config):
     out: str = "runs/dpo"
     init: str = "runs/sft"
-    lr: float = 5e-5
+    lr: float = 4e-5
     warmup: int = 10
-    eval_every: int = 50
+    epochs: float = 0.5
+    eval_every: int = 25
     loss: Literal["dpo", "cdpo"] = "dpo"   # cdpo adds gamma times a regulariser over the whole vocabulary
-    beta: float = 0.1                      # how many nats of log-ratio make one unit of reward
+    beta: float = 0.5                      # how many nats of log-ratio make one unit of reward
     gamma: float = 1.0                     # weight of CDPO's regulariser
     label_smoothing: float = 0.0           # share of pairs that are taken to be labelled wrong; for --loss dpo
 
 
-def compare(cfg, model, reference, batch):
-    """Loss and rewards of a micro-batch of B pairs: losses, chosen and rejected rewards, regulariser (or None), each (B,)."""
+def pair_losses(cfg, model, reference, batch):
+    """Losses, chosen rewards and rejected rewards of a micro-batch of B pairs, each (B,)."""
     hidden = batch.pick(model.hidden(batch.tokens))
     with torch.no_grad():
         ref_hidden = batch.pick(reference.hidden(batch.tokens))
-        ref_logps = losses.sequence_logps(losses.token_logps(ref_hidden, reference.wte.weight, batch.targets), batch.owner, batch.responses)
+        ref_logps = losses.response_logps(ref_hidden, reference.wte.weight, batch)
     if cfg.loss == "cdpo":
-        loss, regularizer, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden,
-                                                    reference.wte.weight, ref_logps, cfg.beta, cfg.gamma)
+        cdpo, _, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden,
+                                          reference.wte.weight, ref_logps, cfg.beta, cfg.gamma)
     else:
-        logps = losses.sequence_logps(losses.token_logps(hidden, model.wte.weight, batch.targets), batch.owner, batch.responses)
-        regularizer = None
-    dpo, chosen, rejected = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
-    return (dpo if regularizer is None else loss), chosen, rejected, regularizer
+        logps = losses.response_logps(hidden, model.wte.weight, batch)
+    dpo, *rewards = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
+    return cdpo if cfg.loss == "cdpo" else dpo, *rewards
 
 
 @torch.no_grad()
 def evaluate(cfg, model, reference, autocast, valid):
-    """The plain DPO loss and both accuracies on held-out pairs, so that DPO and CDPO runs compare; how far the policy has moved on
-    those responses over the whole vocabulary; and what it says when it is sampled, with the KL there."""
-    device = model.wte.weight.device
-    parts, per_token = [], []
+    """The plain DPO loss and both accuracies on held-out pairs, so that DPO and CDPO runs compare; how far the policy has moved
+    there over the whole vocabulary; and what it says when it is sampled, with the exact KL of each position summed."""
+    def both(batch):
+        batch = batch.to(model.wte.weight.device)
+        heads = [(batch.pick(m.hidden(batch.tokens)), m.wte.weight) for m in (model, reference)]
+        per_token = losses.divergences(*heads[0], *heads[1], batch.targets, cfg.beta)   # entropy, KLs, CDPO's R_t
+        return [losses.response_logps(*head, batch) for head in heads], per_token, batch
+
+    pairs, per_token, regularizer = [], [], []
     with autocast():
         for rows in data.in_order(valid, cfg.micro_batch):
-            batch = data.pair_batch(valid, rows).to(device)
-            hidden, ref_hidden = batch.pick(model.hidden(batch.tokens)), batch.pick(reference.hidden(batch.tokens))
-            logp, ref_logp = (losses.token_logps(h, m.wte.weight, batch.targets) for h, m in ((hidden, model), (ref_hidden, reference)))
-            logps, ref_logps = (losses.sequence_logps(x, batch.owner, batch.responses) for x in (logp, ref_logp))
-            parts.append((*logps.chunk(2), *ref_logps.chunk(2)))
-            entropy, _, kl, r = losses.divergences(hidden, model.wte.weight, ref_hidden, reference.wte.weight, batch.targets, cfg.beta)
-            r = losses.sequence_logps(r, batch.owner, batch.responses) / torch.bincount(batch.owner)
-            per_token.append((entropy.sum(), kl.sum(), len(kl), r.sum()))
+            (logps, ref_logps), (entropy, _, kl, r), batch = both(data.pair_batch(valid, rows))
+            pairs.append((*logps.chunk(2), *ref_logps.chunk(2)))
+            per_token.append((entropy, kl))
+            regularizer.append(losses.sequence_logps(r, batch.owner, batch.responses) / torch.bincount(batch.owner))
         answers = data.sample_answers(model, valid, cfg.seed)
-        batch = data.collate([valid[i][0] for i in range(len(answers))], answers).to(device)
-        hidden, ref_hidden = batch.pick(model.hidden(batch.tokens)), batch.pick(reference.hidden(batch.tokens))
-        _, sampled_kl, _, _ = losses.divergences(hidden, model.wte.weight, ref_hidden, reference.wte.weight, batch.targets, cfg.beta)
-
-    chosen, rejected, ref_chosen, ref_rejected = map(torch.cat, zip(*parts))
-    with autocast():   # it decides how close a tie is
-        won = losses.reward_wins(chosen, rejected, ref_chosen, ref_rejected)
-    loss, chosen_rewards, rejected_rewards = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
-    entropy, kl, positions, r = (sum(values) for values in zip(*per_token))
+        _, (_, sampled_kl, _, _), _ = both(data.collate([valid[i][0] for i in range(len(answers))], answers))
+        chosen, rejected, ref_chosen, ref_rejected = logps = [torch.cat(part) for part in zip(*pairs)]
+        won = losses.reward_wins(*logps)
+    loss, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps, cfg.beta)
+    entropy, kl = (torch.cat(part).mean() for part in zip(*per_token))
     found = {
-        "val_dpo_loss": loss.mean(), "val_reward_accuracy": won.mean(), "val_logp_accuracy": losses.wins(chosen, rejected).mean(),
-        "val_margin": (chosen_rewards - rejected_rewards).mean(),
+        "val_dpo_loss": loss.mean(), "val_reward_accuracy": won.mean(), "val_margin": (chosen_rewards - rejected_rewards).mean(),
         "val_chosen_reward": chosen_rewards.mean(), "val_rejected_reward": rejected_rewards.mean(),
+        "val_logp_accuracy": losses.wins(chosen, rejected).mean(),
+        "baseline_sft_logps": losses.wins(ref_chosen, ref_rejected).mean(),
         "val_chosen_logps": chosen.mean(), "val_rejected_logps": rejected.mean(),
-        "val_kl": sampled_kl.sum() / len(answers), "policy_entropy": entropy / positions, "val_full_kl": kl / positions,
-        "regularizer": r / (2 * len(valid)), "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2),
-        "baseline_sft_logps": losses.wins(ref_chosen, ref_rejected).mean(), "ties": (won == 0.5).float().mean()}
+        "val_kl": sampled_kl.sum() / len(answers), "policy_entropy": entropy, "val_full_kl": kl,
+        "regularizer": torch.cat(regularizer).mean(), "ties": (won == 0.5).float().mean(),
+        "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2)}
     return {key: float(value) for key, value in found.items()}, data.show(model, valid, answers)
 
 
@@ -108,7 +106,8 @@ def main(cfg):
         raise InputError("--label-smoothing goes with --loss dpo only")
     for name, low, high in (("beta", 1e-9, math.inf), ("gamma", 0, math.inf), ("label_smoothing", 0, 0.5)):
         if not low <= getattr(cfg, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
     run = runs.Run(cfg)
 
     # ---- device and seed ---------------------------------------------------------------------------------------------
@@ -144,20 +143,20 @@ def main(cfg):
                 check_start(found)
             run.evaluated(model, "val_dpo_loss", found, samples)
             plots.draw(run.path)
-            run.say(f"step {run.at['step']:>5} held-out DPO loss {found['val_dpo_loss']:.4f} | reward accuracy {found['val_reward_accuracy']:.3f} | "
-                    f"margin {found['val_margin']:.3f} | KL {found['val_kl']:.2f} | sampled answers {found['sampled_length']:.0f} tokens, "
-                    f"distinct-2 {found['distinct_2']:.2f}")
+            run.say("step {step:>5} held-out DPO loss {val_dpo_loss:.4f} | reward accuracy {val_reward_accuracy:.3f} | "
+                    "margin {val_margin:.3f} | KL {val_kl:.2f} | sampled answers {sampled_length:.0f} tokens, distinct-2 "
+                    "{distinct_2:.2f}".format(**run.at, **found))
         if not run.goes_on(model, optimizer):
             break
 
         began, step = time.time(), run.at["step"]
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
         batches = [data.pair_batch(train, order[step * cfg.accumulate + k]).to(device) for k in range(cfg.accumulate)]
-        pairs = sum(batch.responses for batch in batches) // 2   # of the whole step: the mean is over pairs, not over micro-batches
+        pairs = sum(batch.responses for batch in batches) // 2   # of the whole step: a mean of means would weigh a short one more
         chosen, rejected, train_loss = [], [], 0.0
         for batch in batches:
             with autocast():
-                loss, *rewards, regularizer = compare(cfg, model, reference, batch)
+                loss, *rewards = pair_losses(cfg, model, reference, batch)
             (loss.sum() / pairs).backward()
             train_loss += loss.sum().item() / pairs
             chosen.append(rewards[0])

@@ -24,16 +24,17 @@ from files import fingerprint
 @dataclass
 class Config(runs.Config):
     out: str = "runs/sft"
-    epochs: float = 5.0
-    lr: float = 2e-3
-    warmup: int = 20
+    eval_every: int = 225
+    epochs: float = 3.6
+    lr: float = 4e-3
+    warmup: int = 40
     loss_on: Literal["response", "all"] = "response"   # what is learned: the last answer, or every token of the dialogue
 
 
 @torch.no_grad()
 def evaluate(cfg, model, autocast, train, valid):
-    """Loss on held-out and on training examples, how often the chosen response is likelier than the rejected one, and what sampled
-    answers look like. Draws from a generator of its own, so that evaluating changes nothing."""
+    """Loss on held-out and on training examples, how often the chosen response is likelier than the rejected one, and what
+    sampled answers look like. Draws from a generator of its own, so that evaluating changes nothing."""
     device, found = model.wte.weight.device, {}
     model.eval()
     with autocast():
@@ -44,12 +45,14 @@ def evaluate(cfg, model, autocast, train, valid):
                 logps = losses.token_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets)
                 nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
             found[key] = nll / scored
-        logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2) for rows in data.in_order(valid, cfg.micro_batch)]
+        logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
+                 for rows in data.in_order(valid, cfg.micro_batch)]
         chosen, rejected = map(torch.cat, zip(*logps))
         answers = data.sample_answers(model, valid, cfg.seed)
     model.train()
     found |= {"val_logp_accuracy": losses.wins(chosen, rejected).mean().item(), "val_chosen_logps": chosen.mean().item(),
-              "val_rejected_logps": rejected.mean().item(), "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2)}
+              "val_rejected_logps": rejected.mean().item(), "sampled_length": data.mean_length(answers),
+              "distinct_2": data.distinct(answers, 2)}
     return found, data.show(model, valid, answers)
 
 
@@ -85,8 +88,9 @@ def main(cfg):
             found, samples = evaluate(cfg, model, autocast, train[:200], valid)
             run.evaluated(model, "val_loss", found, samples)
             plots.draw(run.path)
-            run.say(f"step {run.at['step']:>5} held-out loss {found['val_loss']:.4f}, train {found['train_eval_loss']:.4f} | chosen likelier "
-                    f"{found['val_logp_accuracy']:.3f} | sampled answers {found['sampled_length']:.0f} tokens, distinct-2 {found['distinct_2']:.2f}")
+            run.say("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f} | chosen likelier "
+                    "{val_logp_accuracy:.3f} | sampled answers {sampled_length:.0f} tokens, distinct-2 {distinct_2:.2f}"
+                    .format(**run.at, **found))
         if not run.goes_on(model, optimizer):
             break
 

@@ -1,0 +1,565 @@
+"""
+model.py: the network is GPT-2 (transformers is the judge), the KV cache changes no token, weights go in and out unharmed.
+
+    python -m pytest -q tests/test_model.py
+
+Three kinds of test: an oracle that shares no code with ours, cases worked by hand, properties. No network is needed.
+"""
+import json
+import math
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as gpt
+from files import InputError, write_checkpoint
+from model import GPT, SIZES, GPTConfig, export, flops, load, sample
+
+V, BLOCK = 61, 24   # the small models below; V - 1 is end-of-text
+MODEL_PY = Path(gpt.__file__)
+
+
+def hf_model(n_layer=2, n_head=3, n_embd=24, seed=0):
+    """transformers' GPT-2 with every number random, biases and LayerNorms too: nothing that is 0 or 1 can hide a mix-up.
+
+    Large weights keep the likeliest token far ahead of the second, so that rounding cannot change an argmax; the
+    row of end-of-text is 0, so that its logit is 0 and greedy answers run on."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=BLOCK, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                       bos_token_id=V - 1, eos_token_id=V - 1, attn_implementation="eager"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0, 0.3, generator=generator)
+        model.transformer.wte.weight[V - 1] = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model()
+
+
+@pytest.fixture(scope="module")
+def hf_folder(hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def ours(hf_folder):
+    return load(str(hf_folder)).eval()
+
+
+def tokens(*shape, seed=1):
+    return torch.randint(V - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_greedy(model, prompt, n):
+    """Greedy decoding as anyone would write it first: the whole sequence again for every token."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < n and len(ids) <= model.config.block_size:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == model.config.vocab_size - 1:
+            break
+    return ids[len(prompt):]
+
+
+PROMPTS = [[5, 17, 40], [8], [33, 2, 2, 59, 11, 7, 21], [1, 0]]   # of unequal length on purpose
+
+# ----------------------------------------------------------------------------------------------------------------------
+# oracle: transformers' GPT-2
+
+def old_layout(hf):
+    """The published gpt2 files: no "transformer." prefix, no head, and the causal mask stored as if it were a weight."""
+    state = {key.removeprefix("transformer."): t.clone() for key, t in hf.state_dict().items() if key != "lm_head.weight"}
+    for i in range(hf.config.n_layer):
+        state[f"h.{i}.attn.bias"] = torch.ones(BLOCK, BLOCK).tril().view(1, 1, BLOCK, BLOCK)
+        state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return state
+
+
+# fp32 sums of a few hundred terms of size 1 in another order differ by about 1e-6; a wrong formula by far more than 1e-5.
+ATOL = 1e-5
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "old safetensors", "old bin", "no causal masks in bytes"])
+def test_logits_equal_transformers(hf, tmp_path, layout):
+    hf.config.save_pretrained(tmp_path)
+    if layout == "safetensors":
+        hf.save_pretrained(tmp_path)
+    elif layout == "bin":
+        torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
+    elif layout == "old safetensors":
+        safetensors.torch.save_file(old_layout(hf), tmp_path / "model.safetensors")
+    else:
+        state = old_layout(hf)
+        if layout != "old bin":   # some files hold the mask as bytes
+            state = {key: t.byte() if key.endswith(".attn.bias") else t for key, t in state.items()}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    idx = tokens(3, BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(load(str(tmp_path)).eval()(idx), hf(idx).logits, atol=ATOL, rtol=0)
+
+
+def test_gradients_equal_transformers(hf, ours):
+    idx, target = tokens(2, BLOCK), tokens(2, BLOCK, seed=2)
+    grads = []
+    for model, logits in ((ours, ours(idx)), (hf, hf(idx).logits)):
+        model.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+        grads.append({name.removeprefix("transformer."): p.grad for name, p in model.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, g in grads[0].items():
+        theirs = grads[1][name]   # Conv1D stores its matrices (in, out)
+        theirs = theirs.t() if g.dim() == 2 and name.startswith("h.") else theirs
+        torch.testing.assert_close(g, theirs, atol=ATOL, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("n_layer, n_head, n_embd", [(2, 3, 24), (1, 1, 8), (3, 4, 20)])
+def test_export_is_read_by_transformers(tmp_path, n_layer, n_head, n_embd):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(BLOCK, V, n_layer, n_head, n_embd)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    export(model, tmp_path / "new" / "folder")
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.eos_token_id == V - 1
+    idx = tokens(2, BLOCK)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(idx).logits, model(idx), atol=ATOL, rtol=0)
+        back = load(str(tmp_path / "new" / "folder")).eval()
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_greedy_generation_equals_transformers(hf, ours):
+    for prompt in PROMPTS:
+        idx = torch.tensor([prompt])
+        theirs = hf.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=12, pad_token_id=V - 1)
+        assert ours.generate([prompt], 12, temperature=0) == [theirs[0, len(prompt):].tolist()]
+
+
+def test_flops_of_one_token_equal_torchs_counter():
+    """At T = 1 causal and full attention are the same sum, so torch's own counter must agree to the last operation."""
+    config = GPTConfig(block_size=4, vocab_size=11, n_layer=3, n_head=2, n_embd=8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):   # as plain products, which the counter knows on every machine
+        GPT(config)(torch.tensor([[3]]))
+    assert flops(config, [1], 1) == counter.get_total_flops()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# worked by hand
+
+@pytest.mark.parametrize("name, count", [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+                                         ("gpt2-xl", 1_557_611_200)])
+def test_parameter_counts(name, count):
+    """The published ones. For gpt2: (50257 + 1024) 768 embeddings, 12 blocks of 12 * 768^2 + 13 * 768, a LayerNorm 2 * 768."""
+    with torch.device("meta"):   # shapes only, no memory
+        model = GPT(SIZES[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_flops_by_hand():
+    """V 10, C 4, 2 layers; sequences of 3 and 1 tokens. A block has 12 * 4^2 = 192 weights: 2 * 192 * 2 layers * 4 tokens = 3072.
+    Positions attended: 1 + 2 + 3, and 1, so 7: 4 * 2 layers * 4 channels * 7 = 224. Head at 2 positions: 2 * 10 * 4 * 2 = 160."""
+    config = GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=4)
+    assert flops(config, [3, 1], 2) == 3072 + 224 + 160
+
+
+def test_uniform_attention_by_hand():
+    """Two channels, queries and keys 0, values and projection the identity: attention adds the mean of what is behind.
+
+    Tokens A = (1, -1) and B = (-1, 1) are their own LayerNorm. For A B B the means are A, 0 and (A + 2 B) / 3 = B / 3."""
+    model = GPT(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=2))
+    for p in model.h.parameters():
+        if p.dim() == 2:
+            torch.nn.init.zeros_(p)
+    with torch.no_grad():
+        model.wpe.weight.zero_()
+        model.wte.weight.copy_(torch.tensor([[1., -1.], [-1., 1.]]))
+        model.h[0].attn.c_attn.weight[4:].copy_(torch.eye(2))
+        model.h[0].attn.c_proj.weight.copy_(torch.eye(2))
+    seen = []
+    model.h[0].ln_2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))   # the stream behind the attention
+    model.eval()(torch.tensor([[0, 1, 1]]))
+    # LayerNorm's epsilon of 1e-5 makes (1, -1) into 0.999995 (1, -1)
+    torch.testing.assert_close(seen[0][0], torch.tensor([[2., -2.], [-1., 1.], [-4 / 3, 4 / 3]]), atol=1e-5, rtol=0)
+
+
+def scripted(script, vocab_size=8):
+    """A model that answers script[p] at position p, whatever it reads: the blocks add nothing, and the position's embedding
+    points at one token ten times as strongly as the token's own."""
+    model = GPT(GPTConfig(block_size=len(script), vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=vocab_size))
+    with torch.no_grad():
+        for p in model.h.parameters():
+            p.zero_()
+        model.wte.weight.copy_(torch.eye(vocab_size))
+        model.wpe.weight.copy_(10 * torch.eye(vocab_size)[script])
+    return model
+
+
+def test_generation_stops_where_it_should_by_hand():
+    model = scripted([1, 2, 3, 4, 5, 7, 6, 3])   # 8 positions; 7 is end-of-text
+    # the first two answers end with end-of-text, which belongs to them, the others because the context is full: a token
+    # may still be predicted from the last position, but has no position of its own to go on from
+    prompts, expected = [[0], [0, 0, 0, 0], [0] * 7, [0] * 8], [[1, 2, 3, 4, 5, 7], [4, 5, 7], [6, 3], [3]]
+    assert model.generate(prompts, 100, temperature=0) == expected
+    assert model.generate([[0], [0] * 7], 3, temperature=0) == [[1, 2, 3], [6, 3]]
+    assert model.generate([[0], [0] * 7], 0, temperature=0) == [[], []]
+    seen = []
+    answers = model.generate([[0], [0, 0]], 100, temperature=0, stop=lambda ids: seen.append(list(ids)) or ids[-2:] == [3, 4])
+    assert answers == [[1, 2, 3, 4], [2, 3, 4]]                # each stops on its own answer
+    assert [1, 2] in seen and [1, 2, 3, 4, 5] not in seen      # and is not asked again
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(temperature=1.0), [.3, .1, .6]),
+    (dict(temperature=0.5), [.09 / .46, .01 / .46, .36 / .46]),    # p^2, normalised
+    (dict(top_k=2), [1 / 3, 0, 2 / 3]),
+    (dict(top_k=1), [0, 0, 1]),
+    (dict(top_k=50), [.3, .1, .6]),                                # more than there are
+    (dict(top_p=0.95), [.3, .1, .6]),                              # .6 + .3 is not enough
+    (dict(top_p=0.65), [1 / 3, 0, 2 / 3]),                         # .6 is not enough, .9 is
+    (dict(top_p=0.5), [0, 0, 1]),                                  # the likeliest alone is
+    (dict(top_k=2, top_p=0.65), [0, 0, 1]),                        # of the two that are left it has 2/3
+    (dict(temperature=0), [0, 0, 1]),
+])
+def test_sampling_frequencies_by_hand(settings, expected):
+    """Probabilities .3, .1, .6 out of order, 20,000 draws."""
+    n = 20_000
+    logits = (torch.tensor([.3, .1, .6]).log() + 5).expand(n, 3)   # a constant changes no probability
+    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **settings}
+    drawn = sample(logits, **settings, generator=torch.Generator().manual_seed(0))
+    found = drawn.bincount(minlength=3) / n
+    assert [bool(f > 0) for f in found] == [e > 0 for e in expected]
+    # four standard errors of a frequency: 4 sqrt(.25 / 20000)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float), atol=0.0142, rtol=0)
+
+
+def test_sampling_treats_each_row_alone():
+    """Another order of the probabilities in each row; top_p cuts in each row's own order."""
+    n, p = 4_000, torch.tensor([[.3, .1, .6], [.6, .3, .1], [.98, .01, .01]])
+    drawn = sample(p.log().repeat(n, 1), 1.0, None, 0.65, torch.Generator().manual_seed(0)).view(n, 3)
+    assert [set(column.tolist()) for column in drawn.T] == [{0, 2}, {0, 1}, {0}]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# properties of the network
+
+def test_causality(ours):
+    idx = tokens(2, BLOCK)
+    for t in (0, 7, BLOCK - 1):
+        other = idx.clone()
+        other[:, t] = (other[:, t] + 1) % V
+        with torch.no_grad():
+            before, after = ours(idx), ours(other)
+        # same shapes, same order of every sum: equal but for a kernel that splits its work by content
+        torch.testing.assert_close(after[:, :t], before[:, :t], atol=1e-6, rtol=0)
+        assert ((after[:, t:] - before[:, t:]).abs().amax(-1) > 1e-3).all()   # and everything from t on does see it
+
+
+def test_right_padding_changes_no_real_position(ours):
+    idx = tokens(1, 9)
+    with torch.no_grad():
+        alone = ours(idx)
+        for fill in (0, V - 1):
+            padded = ours(F.pad(idx, (0, BLOCK - 9), value=fill))
+            torch.testing.assert_close(padded[:, :9], alone, atol=ATOL, rtol=0)   # another shape, another order of sums
+
+
+def test_rows_of_a_batch_do_not_meet(ours):
+    idx = tokens(3, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx)[1:2], ours(idx[1:2]), atol=ATOL, rtol=0)
+
+
+def test_forward_is_hidden_times_the_embedding(ours):
+    idx = tokens(2, 6)
+    with torch.no_grad():
+        assert ours.hidden(idx).shape == (2, 6, 24)
+        torch.testing.assert_close(ours(idx), ours.hidden(idx) @ ours.wte.weight.T, atol=ATOL, rtol=0)
+
+
+def test_the_head_is_the_embedding(ours):
+    """The gradient of wte is the sum of its two uses; a token that is not in the input gets one from the head alone."""
+    idx, target = tokens(1, 6), tokens(6, seed=2)
+
+    def wte_grad(embed, head):
+        h = ours.hidden(idx) if embed else ours.hidden(idx).detach()
+        loss = F.cross_entropy(F.linear(h[0], ours.wte.weight if head else ours.wte.weight.detach()), target)
+        return torch.autograd.grad(loss, ours.wte.weight)[0]
+
+    whole = torch.autograd.grad(F.cross_entropy(ours(idx)[0], target), ours.wte.weight)[0]
+    torch.testing.assert_close(whole, wte_grad(True, False) + wte_grad(False, True), atol=1e-6, rtol=1e-5)   # one fp32 addition
+    unseen = [t for t in range(V) if t not in idx]
+    assert not wte_grad(True, False)[unseen].any() and whole[unseen].abs().amax(1).gt(0).all()
+
+
+def test_random_initialisation_knows_nothing():
+    """Cross-entropy of random targets is near log V: no token is preferred, and the logits are small."""
+    torch.manual_seed(0)
+    model = load("mini").eval()
+    idx, target = torch.randint(model.config.vocab_size, (2, 4, 64))
+    with torch.no_grad():
+        loss = F.cross_entropy(model(idx).flatten(0, 1), target.flatten())
+    # logits of variance s^2 cost about s^2 / 2 over log V; wanted is s < 1. 256 targets move the mean by less than 0.1
+    assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.5
+    torch.manual_seed(0)
+    again = load("mini")
+    torch.manual_seed(1)
+    other = load("mini")
+    assert torch.equal(again.wte.weight, model.wte.weight) and not torch.equal(other.wte.weight, model.wte.weight)
+
+
+def test_dropout_is_where_gpt2_has_it(hf_folder, ours):
+    """On the embedding's sum, on the attention's probabilities, and on what each half of a block adds; off in eval()."""
+    model, idx, p = load(str(hf_folder), dropout=0.25), tokens(4, BLOCK), 0.25
+    seen, block = {}, model.h[0]
+    block.ln_1.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
+    block.attn.c_proj.register_forward_hook(lambda m, args, out: seen.update(attn=out))
+    block.ln_2.register_forward_pre_hook(lambda m, args: seen.update(middle=args[0]))
+    block.mlp.c_proj.register_forward_hook(lambda m, args, out: seen.update(mlp=out))
+    model.h[1].ln_1.register_forward_pre_hook(lambda m, args: seen.update(end=args[0]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.train()(idx)
+        embedded = model.wte(idx) + model.wpe(torch.arange(BLOCK))
+        for found, whole in ((seen["x"], embedded), (seen["middle"] - seen["x"], seen["attn"]),
+                             (seen["end"] - seen["middle"], seen["mlp"])):
+            kept = found != 0
+            torch.testing.assert_close(found[kept], whole[kept] / (1 - p), atol=ATOL, rtol=0)   # a difference of fp32 sums
+            assert abs(kept.float().mean() - (1 - p)) < 0.04   # 4 standard errors: 4 sqrt(p (1 - p) / 2304)
+        # the attention alone, on one input twice: only its probabilities can differ
+        x = torch.randn(1, 6, 24)
+        one, two = (block.attn(x, None, 0) for _ in range(2))
+        assert not torch.equal(one, two)
+        torch.testing.assert_close(model.eval()(idx), ours(idx), atol=0, rtol=0)
+
+
+def test_block_size_cut(hf_folder, ours):
+    short = load(str(hf_folder), block_size=8).eval()
+    assert short.config.block_size == 8 and short.wpe.weight.shape == (8, 24)
+    idx = tokens(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(short(idx), ours(idx), atol=0, rtol=0)
+    with pytest.raises(InputError, match="9 tokens.*block_size 8"):
+        short(tokens(1, 9))
+    assert load("mini", block_size=16).wpe.weight.shape == (16, SIZES["mini"].n_embd)
+    for wrong in (0, -1, BLOCK + 1):
+        with pytest.raises(InputError, match=f"block_size {wrong}.*1 to {BLOCK}"):
+            load(str(hf_folder), block_size=wrong)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# properties of generation
+
+def test_the_cache_changes_no_token(ours):
+    """Alone, in a batch of unequal prompts, and up to a full context: the tokens of the plain loop."""
+    expected = [plain_greedy(ours, prompt, 100) for prompt in PROMPTS]
+    assert [len(p) + len(e) for p, e in zip(PROMPTS, expected, strict=True)] == [BLOCK + 1] * 4      # the context was filled
+    assert len({t for e in expected for t in e}) > 10                                    # and not with one token
+    assert [ours.generate([prompt], 100, temperature=0)[0] for prompt in PROMPTS] == expected
+    assert ours.generate(PROMPTS, 100, temperature=0) == expected
+    assert ours.generate(PROMPTS, 5, temperature=0) == [e[:5] for e in expected]
+
+
+def test_a_new_token_costs_one_position():
+    """What the cache is for; and when every answer is over, nothing more is computed."""
+    model, seen = scripted([1, 2, 3, 4, 5, 6, 7, 0]), []
+    model.ln_f.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:2])))
+    model.generate([[0, 0], [0, 0, 0]], 100, temperature=0, stop=lambda ids: 5 in ids)
+    assert seen == [(2, 3), (2, 1), (2, 1), (2, 1)]   # the prompts, then a token of each row at a time: 2 3 4 5 and 3 4 5
+
+
+def test_prompts_may_be_tensors_or_arrays(ours):
+    expected = ours.generate(PROMPTS, 4, temperature=0)
+    assert ours.generate([torch.tensor(p) for p in PROMPTS], 4, temperature=0) == expected
+    assert ours.generate([torch.tensor(p).numpy().astype("uint16") for p in PROMPTS], 4, temperature=0) == expected
+
+
+def test_narrow_sampling_is_greedy(ours):
+    greedy = ours.generate(PROMPTS, 10, temperature=0)
+    assert ours.generate(PROMPTS, 10, top_k=1) == greedy
+    assert ours.generate(PROMPTS, 10, top_p=1e-6) == greedy
+    assert ours.generate(PROMPTS, 10, temperature=1e-4) == greedy
+
+
+def test_sampling_repeats_with_its_generator_and_leaves_torchs_alone(ours):
+    def answers(seed):
+        return ours.generate(PROMPTS, 10, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+    before = torch.get_rng_state()
+    assert answers(0) == answers(0) != answers(1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_generation_leaves_the_model_as_it_was(hf_folder, ours):
+    """No dropout while it generates, no gradient, and the mode from before afterwards."""
+    model = load(str(hf_folder), dropout=0.5).train()
+    assert model.generate(PROMPTS, 6, temperature=0) == ours.generate(PROMPTS, 6, temperature=0)
+    assert model.training and all(m.training for m in model.modules()) and not ours.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_generation_under_autocast(ours):
+    """The cache takes autocast's type. The first token comes from the very computation that forward() does."""
+    prompts = [tokens(6, seed=s).tolist() for s in range(3)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        answers = ours.generate(prompts, 5, temperature=0)
+        assert [a[0] for a in answers] == ours(torch.tensor(prompts))[:, -1].argmax(-1).tolist()
+    assert [len(a) for a in answers] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("prompts, found", [([[1], []], 0), ([[1], [1] * (BLOCK + 1)], BLOCK + 1)])
+def test_a_prompt_must_fit(ours, prompts, found):
+    with pytest.raises(InputError, match=f"prompt of {found} tokens.* 1 to block_size {BLOCK}"):
+        ours.generate(prompts, 1)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# properties of weights in and out
+
+def test_runs_and_checkpoints_load(ours, tmp_path):
+    write_checkpoint(tmp_path / "best.pt", {"model": ours.state_dict(), "model_config": asdict(ours.config)})
+    idx = tokens(1, 8)
+    for name in (tmp_path, tmp_path / "best.pt"):
+        model = load(str(name))
+        assert model.config == ours.config
+        with torch.no_grad():
+            assert torch.equal(model(idx), ours(idx))
+
+
+def test_loaded_weights_are_fp32_own_memory_and_trainable(hf, tmp_path):
+    """Also from a file of 16-bit numbers."""
+    hf.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file({key: t.half() for key, t in old_layout(hf).items()}, tmp_path / "model.safetensors")
+    model, before = load(str(tmp_path)), (tmp_path / "model.safetensors").read_bytes()
+    for p in model.parameters():
+        assert p.dtype == torch.float32 and p.requires_grad and p.is_leaf and p.is_contiguous() and p.device.type == "cpu"
+        p.data.fill_(7)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    torch.testing.assert_close(load(str(tmp_path)).wte.weight.data, hf.transformer.wte.weight.data.half().float(), atol=0, rtol=0)
+
+
+@pytest.fixture
+def broken(ours, tmp_path):
+    """change(weights, config) spoils an exported folder; load() of it must then fail with this message."""
+    def check(change, message, kind=InputError):
+        folder = tmp_path / "model"
+        export(ours, folder)
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        change(state, config)
+        safetensors.torch.save_file({key: t.contiguous() for key, t in state.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(kind, match=message) as e:
+            load(str(folder))
+        assert str(folder) in str(e.value) and "\n" not in str(e.value)   # it names the file, in one line
+    return check
+
+
+W = "transformer.h.1.mlp.c_fc.weight"   # (24, 96) as stored
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state, config: state.pop(W), r"h.1.mlp.c_fc.weight: expected shape \(96, 24\), found none"),
+    (lambda state, config: state.pop("transformer.wpe.weight"), r"wpe.weight: expected shape \(24, 24\), found none"),
+    (lambda state, config: state.pop("transformer.wte.weight"), r"wte.weight: expected shape \(61, 24\), found none"),
+    (lambda state, config: state.update({"transformer.h.2.ln_1.bias": torch.ones(24)}),
+     r"h.2.ln_1.bias: expected shape none, found \(24,\)"),
+    (lambda state, config: state.update({W: state[W].t()}), r"c_fc.weight: expected shape \(96, 24\), found \(24, 96\)"),
+    (lambda state, config: state.update({W: state[W][0]}), r"c_fc.weight: expected shape \(96, 24\), found \(96,\)"),
+    (lambda state, config: state.update({"transformer.wpe.weight": torch.ones(BLOCK + 8, 24)}),
+     r"wpe.weight: expected shape \(24, 24\), found \(32, 24\)"),   # more positions than the config says
+    (lambda state, config: state.update({"transformer.wpe.weight": torch.ones(BLOCK - 8, 24)}),
+     r"wpe.weight: expected shape \(24, 24\), found \(16, 24\)"),
+    (lambda state, config: state[W][3, 5].fill_(math.nan), "c_fc.weight.*not finite"),
+    (lambda state, config: state[W][3, 5].fill_(-math.inf), "c_fc.weight.*not finite"),
+    (lambda state, config: state.update({"lm_head.weight": state["transformer.wte.weight"] + 1}), "lm_head.weight differs"),
+    (lambda state, config: config.update(n_layer=3), "h.2.*found none"),
+    (lambda state, config: config.update(model_type="llama"), "expected model_type 'gpt2', found 'llama'"),
+    (lambda state, config: config.pop("model_type"), "expected model_type 'gpt2', found None"),
+    (lambda state, config: config.update(activation_function="relu"), "expected activation_function 'gelu_new', found 'relu'"),
+    (lambda state, config: config.update(layer_norm_epsilon=1e-6), "expected layer_norm_epsilon 1e-05, found 1e-06"),
+    # two switches of transformers' GPT-2 (Stanford's models use the second) that change every logit and no shape
+    (lambda state, config: config.update(scale_attn_weights=False), "expected scale_attn_weights True, found False"),
+    (lambda state, config: config.update(scale_attn_by_inverse_layer_idx=True),
+     "expected scale_attn_by_inverse_layer_idx False, found True"),
+    (lambda state, config: config.pop("n_embd"), "config.json.*n_embd"),
+    (lambda state, config: config.update(n_layer="2"), "config.json.*n_layer"),
+    (lambda state, config: config.update(n_head=0), "config.json.*n_head"),
+])
+def test_unfit_folders_are_refused(broken, change, message):
+    broken(change, message)
+
+
+def test_a_tied_head_in_the_file_is_fine(ours, tmp_path):
+    export(ours, tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    assert torch.equal(load(str(tmp_path)).wte.weight, ours.wte.weight)
+
+
+def test_what_is_no_model_is_refused(ours, tmp_path):
+    with pytest.raises(InputError, match="no model 'gpt3': expected mini, gpt2, .*hf:OWNER/REPOSITORY"):
+        load("gpt3")
+    with pytest.raises(InputError, match=f"{tmp_path}.*found none of them"):
+        load(str(tmp_path))
+    export(ours, tmp_path / "a")
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(OSError, match="a/config.json"):   # the scripts print an OSError like an InputError
+        load(str(tmp_path / "a"))
+    for text, message in (("{", "not JSON"), ("[1]", "expected a JSON object, found list")):
+        (tmp_path / "a" / "config.json").write_text(text)
+        with pytest.raises(InputError, match=f"a/config.json: {message}"):
+            load(str(tmp_path / "a"))
+
+
+def test_a_bin_file_holds_tensors_only(ours, tmp_path):
+    export(ours, tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for spoilt, message in (({**state, "step": 3}, "tensors only"), (list(state.values()), "expected a dictionary"),
+                            ({**state, 3: state["transformer.wte.weight"]}, "pytorch_model.bin")):
+        torch.save(spoilt, tmp_path / "pytorch_model.bin")
+        with pytest.raises(InputError, match=message) as e:
+            load(str(tmp_path))
+        assert str(tmp_path) in str(e.value)
+
+
+def test_export_overwrites_nothing(ours, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match=f"{tmp_path} is not empty"):
+        export(ours, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(InputError, match="n_embd 10 is not a multiple of n_head 3"):
+        GPT(GPTConfig(n_embd=10, n_head=3))
+
+
+def test_command_line_exports(hf, hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model.py", str(hf_folder), str(tmp_path / "out")])
+    runpy.run_path(str(MODEL_PY), run_name="__main__")
+    idx = tokens(1, 8)
+    with torch.no_grad():
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(theirs(idx).logits, hf(idx).logits, atol=ATOL, rtol=0)
+
+
+def test_command_line_refuses_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, MODEL_PY, str(tmp_path / "nothing"), str(tmp_path / "out")], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: no model") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,161 @@
+"""
+runs.py: flags come from the dataclass, the run folder is taken safely, clocks and counters read right.
+
+    python -m pytest -q tests/test_runs.py
+"""
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+
+import model as gpt
+import runs
+from files import InputError
+
+
+@dataclass
+class Config(runs.Config):
+    out: str = "runs/test"
+    colour: Literal["red", "blue"] = "red"   # 100 % of the paint
+
+
+def tiny():
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(16, 32, 1, 2, 8))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def begun(tmp_path, steps=4, **flags):
+    run = runs.Run(Config(out=str(tmp_path / "run"), eval_every=2, log_every=1, **flags))
+    model, optimizer = tiny()
+    run.begin(model, optimizer, steps, init_sha256="x")
+    return run, model, optimizer
+
+
+# ---- oracle: argparse's own reading of the same flags ---------------------------------------------------------------------
+
+def test_flags_equal_a_parser_written_by_hand():
+    argv = ["--lr", "0.5", "--betas", "0.8,0.9", "--overwrite", "--steps", "7", "--half", "sft", "--seed=3", "--colour", "blue"]
+    parser = argparse.ArgumentParser()
+    for name, kind in {"lr": float, "steps": int, "half": str, "seed": int, "colour": str, "betas": str}.items():
+        parser.add_argument("--" + name, type=kind)
+    parser.add_argument("--overwrite", action="store_true")
+    want = vars(parser.parse_args(argv))
+    want["betas"] = tuple(map(float, want["betas"].split(",")))
+    assert dataclasses.asdict(runs.parse(Config, argv)) == {**dataclasses.asdict(Config()), **want}
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        runs.parse(Config, ["-h"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "100 % of the paint [red]" in " ".join(text.split())
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+# ---- worked by hand --------------------------------------------------------------------------------------------------------
+
+def test_clock():
+    assert [runs.clock(s) for s in (0, 59.6, 61, 3599, 3600, 7384)] == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "2:03:04"]
+
+
+def test_counters_of_two_steps(tmp_path):
+    run, _, _ = begun(tmp_path, accumulate=3)
+    for _ in range(2):
+        run.stepped(run.began, samples=12, tokens=100, flops=1000, train_loss=1.5)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counters = ("step", "micro_step", "samples", "tokens", "flops")
+    assert [[e[key] for key in counters] for e in lines] == [[1, 3, 12, 100, 1000], [2, 6, 24, 200, 2000]]
+    assert lines[0]["train_loss"] == 1.5 and lines[0]["tokens_per_second"] > 0
+
+
+def test_when_to_evaluate_and_to_end(tmp_path):
+    """Every 2 steps and at the last of 5: 0, 2, 4, 5."""
+    run, model, optimizer = begun(tmp_path, steps=5)
+    seen = []
+    while True:
+        if run.evaluation_due():
+            seen.append(run.at["step"])
+            run.evaluated(model, "val_loss", {"val_loss": 1.0}, "")
+            assert not run.evaluation_due()   # never twice at one step
+        if not run.goes_on(model, optimizer):
+            break
+        run.stepped(run.began, 1, 1, 1)
+    assert seen == [0, 2, 4, 5] and (tmp_path / "run" / "last.pt").is_file()
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------------
+
+def test_best_keeps_the_lowest(tmp_path):
+    run, model, _ = begun(tmp_path)
+    for step, loss in enumerate((3.0, 1.0, 2.0)):
+        with torch.no_grad():
+            model.ln_f.bias.fill_(step)
+        run.evaluated(model, "val_loss", {"val_loss": loss}, "")
+    assert run.best == 1.0 and (gpt.load(str(tmp_path / "run")).ln_f.bias == 1).all()
+
+
+def test_config_json_says_everything(tmp_path):
+    begun(tmp_path, lr=0.25)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["flags"]["lr"] == 0.25 and config["flags"]["colour"] == "red" and config["steps"] == 4
+    assert {"python", "torch", "numpy", "tiktoken", "matplotlib"} == config["versions"].keys()
+    assert config["parameters"] == 1272   # embeddings 256 + 128, the block 872, the last LayerNorm 16
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
+    run, model, optimizer = begun(tmp_path)
+    run.goes_on(model, optimizer)
+    run.end()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run, _, _ = begun(tmp_path, overwrite=True)
+    assert not (tmp_path / "run" / "last.pt").exists() and (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_first_signal_is_polite_the_second_is_not(tmp_path):
+    run, model, optimizer = begun(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run.goes_on(model, optimizer)
+    signal.raise_signal(signal.SIGTERM)
+    assert not run.goes_on(model, optimizer)   # saved, and no further step
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run.end()
+    assert stopped.value.code == 130 and signal.getsignal(signal.SIGTERM) != before
+
+
+def test_setup_seeds_and_refuses_unknown_devices():
+    cfg = Config(device="cpu")
+    a = (runs.setup(cfg), torch.rand(3))[1]
+    b = (runs.setup(cfg), torch.rand(3))[1]
+    assert torch.equal(a, b)
+    with pytest.raises(InputError, match="--device cuda:99"):
+        runs.setup(Config(device="cuda:99"))
+    device, autocast = runs.setup(Config(device="cpu", dtype="bfloat16"))
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_a_full_disk_or_missing_right_is_one_line(monkeypatch, capsys):
+    def full(cfg):
+        raise OSError(28, "No space left on device", "runs/x/last.pt.part")
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runs.command_line(full, Config)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: runs/x/last.pt.part: No space left on device\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+    def bug(cfg):
+        raise ValueError("not the user's fault")
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(ValueError, match="not the user's fault"):
+        runs.command_line(bug, Config)

@@ -1,0 +1,239 @@
+"""
+train_sft.py: its losses equal those of an independent loop over transformers' GPT-2, it learns, it resumes bit for bit, and bad
+input ends in one line and status 2.
+
+    python -m pytest -q tests/test_train_sft.py
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import data
+import model as gpt
+import train_sft
+from files import InputError, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = train_sft.Config(steps=10, micro_batch=4, accumulate=2, eval_every=5, eval_samples=8, log_every=1, lr=1e-3, warmup=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(event):
+    return {k: v for k, v in event.items() if k not in ("seconds", "tokens_per_second", "peak_memory")}
+
+
+def run_flags(monkeypatch, *flags):
+    """The script as a program, in this process: (exit status, what it printed to stderr is in capsys)."""
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train_sft.runs.command_line(train_sft.main, train_sft.Config)
+    return stopped.value.code
+
+
+# ---- oracle --------------------------------------------------------------------------------------------------------------
+
+def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path):
+    """Full logits, labels of -100 on the prompt, torch's unfused AdamW: written without our losses, loader or schedule."""
+    gpt.torch.manual_seed(5)
+    start = gpt.load("mini")
+    gpt.export(start, tmp_path / "hf")
+    cfg = replace(TINY, init=str(tmp_path / "hf"), out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0)
+    train_sft.main(cfg)
+    ours = [e["train_loss"] for e in metrics(cfg.out) if "train_loss" in e]
+
+    theirs, hf = [], transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()   # eval: no dropout
+    matrices = [p for p in hf.parameters() if p.dim() == 2]
+    rest = [p for p in hf.parameters() if p.dim() != 2]
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                              lr=1e-3, betas=(0.9, 0.99))
+    pairs = data.load_pairs("minihh")[0]["train"]
+    encoding = data.tokenizer(2048)
+    order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, cfg.seed)
+    for step in range(10):
+        nll, scored = 0.0, 0
+        for i in [*order[2 * step], *order[2 * step + 1]]:   # one dialogue at a time: no padding, no batching
+            prompt, whole = encoding.encode(pairs[i].prompt), encoding.encode(pairs[i].prompt + pairs[i].chosen) + [2047]
+            labels = torch.tensor([-100] * len(prompt) + whole[len(prompt):])
+            logits = hf(torch.tensor([whole])).logits[0]
+            nll = nll + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            scored += len(whole) - len(prompt)
+        (nll / scored).backward()
+        theirs.append((nll / scored).item())
+        adamw.step()
+        adamw.zero_grad()
+    # AdamW divides by the gradient's size, so rounding in tiny gradients grows over the steps; a wrong mask is off by 0.1 at once
+    assert ours == pytest.approx(theirs, abs=2e-4)
+
+
+# ---- worked by hand ------------------------------------------------------------------------------------------------------
+
+def test_counters_by_hand(tmp_path):
+    """3 steps of 2 micro-batches of 4 are 24 dialogues; the first loss of random weights is near log 2048 = 7.62."""
+    final = train_sft.main(replace(TINY, steps=3, out=str(tmp_path / "run")))
+    assert (final["step"], final["updates"], final["micro_step"], final["samples"]) == (3, 3, 6, 24)
+    first = metrics(tmp_path / "run")[0]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(math.log(2048), abs=0.5)
+
+
+def test_steps_come_from_epochs(tmp_path):
+    """8000 training pairs in steps of 4 * 500: an epoch of 4 steps. --steps wins."""
+    cfg = replace(TINY, steps=None, epochs=0.5, micro_batch=500, accumulate=4)
+    assert train_sft.runs.count_steps(cfg, 8000) == 2
+    assert train_sft.runs.count_steps(replace(cfg, steps=7), 8000) == 7
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop_at", [5, 7])   # on an evaluation and between two
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop_at):
+    cfg = replace(TINY, dropout=0.1)   # dropout on: the random state must come back too
+    train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
+    cut = replace(cfg, out=str(tmp_path / "cut"))
+    train_sft.main(replace(cut, stop_at=stop_at))
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 99}\n')   # written after the checkpoint by a run that was then killed: must go
+    train_sft.main(replace(cut, resume=True))
+    for name in ("last.pt", "best.pt"):
+        a, b = (read_checkpoint(tmp_path / run / name) for run in ("whole", "cut"))
+        assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    a, b = (read_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "cut"))
+    assert str(a["optimizer"]) == str(b["optimizer"]) and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert list(map(without_time, metrics(tmp_path / "whole"))) == list(map(without_time, metrics(tmp_path / "cut")))
+    assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
+
+
+def test_evaluating_changes_nothing(tmp_path):
+    often = train_sft.main(replace(TINY, dropout=0.1, eval_every=1, out=str(tmp_path / "often")))
+    seldom = train_sft.main(replace(TINY, dropout=0.1, eval_every=100, out=str(tmp_path / "seldom")))
+    assert often["val_loss"] == seldom["val_loss"]
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_it_learns_and_leaves_a_whole_run_folder(tmp_path, loss_on):
+    out = tmp_path / "run"
+    final = train_sft.main(replace(TINY, steps=40, eval_every=20, micro_batch=8, loss_on=loss_on, out=str(out)))
+    first = metrics(out)[0]
+    assert final["val_loss"] < first["val_loss"] - 1.5 and final["train_eval_loss"] < first["train_eval_loss"] - 1.5
+    config = json.loads((out / "config.json").read_text())
+    assert config["flags"]["loss_on"] == loss_on and config["parameters"] > 0 and config["data"]["train pairs"] == 8000
+    assert 0.4 < config["baseline_longer_wins"] < 0.6 and 4 < config["baseline_unigram_loss"] < 6
+    assert all((out / png).read_bytes().startswith(b"\x89PNG") for png in ("loss.png", "accuracy.png"))
+    assert "Human:" in (out / "samples.txt").read_text()
+    steps = [e["step"] for e in metrics(out)]
+    assert steps == sorted(steps)
+    assert gpt.load(str(out)).config.vocab_size == 2048
+
+
+def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
+    flags = ["--steps", "400", "--micro-batch", "2", "--eval-samples", "4", "--log-every", "1", "--eval-every", "1000"]
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), "--out", str(out), *flags], text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step     3"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130 and "--resume" in rest
+    step = read_checkpoint(out / "last.pt")["at"]["step"]
+    assert 3 <= step < 400
+    with pytest.raises(InputError, match="--micro-batch was 2, now 3"):
+        train_sft.runs.parse(train_sft.Config, ["--out", str(out), "--resume", "--micro-batch", "3"])
+    cfg = train_sft.runs.parse(train_sft.Config, ["--out", str(out), "--resume", "--stop-at", str(step + 1)])
+    assert cfg.micro_batch == 2 and train_sft.main(cfg)["step"] == step + 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere.jsonl"], "there is no such file"),
+    (["--init", "gpt3"], "no model 'gpt3'"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    (["--loss-on", "prompt"], "invalid choice: 'prompt'"),
+    (["--steps", "-1"], "--steps: expected at least 0, found -1"),
+    (["--lr", "nan"], "--lr: expected at least 0, found nan"),
+    (["--micro-batch", "0"], "--micro-batch: expected at least 1, found 0"),
+    (["--optimizer", "sophia"], "no optimizer 'sophia'"),
+    (["--betas", "0.9"], "adamw takes 2 numbers"),
+    (["--betas", "0.9,x"], "expected numbers with commas"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--block-size", "4096"], "block_size 4096"),
+    (["--resume"], "holds no last.pt"),
+    (["--resume", "--overwrite"], "exclude each other"),
+])
+def test_bad_flags_end_in_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, message):
+    assert run_flags(monkeypatch, "--out", str(tmp_path / "run"), *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()   # nothing was written
+
+
+def test_a_run_is_never_overwritten_silently(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    cfg = replace(TINY, steps=1, out=str(out))
+    train_sft.main(cfg)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    assert run_flags(monkeypatch, "--out", str(out)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"chosen": 1}\n')
+    assert run_flags(monkeypatch, "--out", str(out), "--overwrite", "--data", str(bad)) == 2   # fails before it clears the folder
+    assert "bad.jsonl:1: expected the keys" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+
+def test_checkpoints_of_another_shape_or_cut_off_are_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    train_sft.main(replace(TINY, steps=1, out=str(out)))
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[:len(whole) // 2])
+    assert run_flags(monkeypatch, "--out", str(out), "--resume") == 2
+    assert "last.pt: cut off, damaged" in capsys.readouterr().err
+    (out / "last.pt").write_bytes(whole)
+    checkpoint = read_checkpoint(out / "last.pt")
+    checkpoint["model_config"]["n_embd"] = 64
+    gpt_file = tmp_path / "other.pt"
+    from files import write_checkpoint
+    write_checkpoint(gpt_file, checkpoint)
+    assert run_flags(monkeypatch, "--out", str(tmp_path / "new"), "--init", str(gpt_file)) == 2
+    assert "tensors do not fit the model" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_starting_weights(tmp_path):
+    start = tmp_path / "start"
+    train_sft.main(replace(TINY, steps=1, out=str(start)))
+    cfg = replace(TINY, init=str(start), out=str(tmp_path / "run"))
+    train_sft.main(replace(cfg, stop_at=2))
+    train_sft.main(replace(TINY, steps=1, seed=2, out=str(start), overwrite=True))
+    with pytest.raises(InputError, match="holds other weights than when it began"):
+        train_sft.main(replace(cfg, resume=True))
+
+
+def test_two_processes_never_write_one_folder(tmp_path):
+    import fcntl
+    out = tmp_path / "run"
+    out.mkdir()
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is writing this run"):
+            train_sft.main(replace(TINY, out=str(out)))
