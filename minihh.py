@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 
-SIZES = {"train": 8000, "valid": 400, "test": 600}
+SIZES = {"train": 8000, "valid": 400, "test": 520}
 FLIP = 0.2   # share of training pairs whose label is wrong
 
 
@@ -304,15 +304,15 @@ def draw(split, skill, rng):
     """One dialogue: perhaps earlier turns, a last question, a good and a flawed answer."""
     turns, kind = [], rng.random()
     x, phrasing = rng.choice(cells(split)[skill])
-    if skill in LOOKUPS and LOOKUPS[skill].follow and kind < 0.24:   # the same question about something else came before
+    if skill in LOOKUPS and LOOKUPS[skill].follow and kind < 0.3:   # the same question about something else came before
         turns.append((skill, x, phrasing))
         x, phrasing = rng.choice([c for c in cells(split)[skill + "+"] if c[0] != x])
-        if kind < 0.06:                                              # and before that a greeting
+        if kind < 0.05:                                              # and before that a greeting
             turns.insert(0, ("greeting", *rng.choice(cells(split)["greeting"])))
     elif kind > 0.87:                                                # another topic came before
         other = rng.choice([s for s in LOOKUPS if s != skill])
         turns.append((other, *rng.choice(cells(split)[other])))
-    text = "".join(f"\n\nHuman: {question(s, z, p, rng)}\n\nAssistant:{dress(tell(s, z, result(s, z, rng), rng), rng)}"
+    text = "".join(f"\n\nHuman: {question(s, z, p, rng)}\n\nAssistant: {tell(s, z, result(s, z, rng), rng)}"
                    for s, z, p in turns)
     prompt = f"{text}\n\nHuman: {question(skill, x, phrasing, rng)}\n\nAssistant:"
     flaw = rng.choice(FLAWS[GROUPS[skill]])

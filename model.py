@@ -92,6 +92,11 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def embedding(n, width):
+    """nn.Embedding without its own random start, which on the meta device would cost two seconds of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, head tied to the embedding."""
 
@@ -100,13 +105,15 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise InputError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # tokens, and the head
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)   # positions
+        self.wte = embedding(config.vocab_size, config.n_embd)   # tokens, and the head
+        self.wpe = embedding(config.block_size, config.n_embd)   # positions
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         std = 0.02 * max(1.0, (768 / config.n_embd) ** 0.5)   # 0.02 is for 768 channels; a narrower sum needs larger terms
         for name, p in self.named_parameters():
+            if p.is_meta:   # only shapes are wanted; nothing to draw
+                continue
             if name.endswith("c_proj.weight"):   # two additions to the stream a layer: it should not grow with depth
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
             elif p.dim() == 2:
@@ -179,6 +186,10 @@ class KVCache:
         mask = self.columns[:T] <= self.lengths[:, None]   # (B, T): the past and the token itself
         return keys[:, :, :T], values[:, :, :T], mask[:, None, None]
 
+    def keep(self, rows):
+        """Go on with these rows only."""
+        self.kv, self.lengths, self.rows = self.kv[:, :, rows], self.lengths[rows], self.rows[:len(rows)]
+
     def advance(self):
         """After the prompts, and after each token: where the next one goes. A full row writes over its last place."""
         self.lengths = (self.lengths if self.prefill else self.lengths + 1).clamp(max=self.size - 1)
@@ -219,21 +230,28 @@ def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, g
         row[:len(prompt)] = torch.as_tensor([int(t) for t in prompt])
     cache = KVCache(config, torch.tensor(lengths, device=device), min(config.block_size, max(lengths) + max_new_tokens),
                     torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype)
-    answers, open_ = [[] for _ in prompts], [True] * len(prompts)
+    answers, rows = [[] for _ in prompts], list(range(len(prompts)))   # rows[i]: whose answer row i of the batch is
     x = idx.to(device)
     for _ in range(max_new_tokens):
         h = model.hidden(x, cache)
         h = h[cache.rows, cache.lengths - 1 if cache.prefill else 0]   # (B, C) the last token of each row
         cache.advance()
         tokens = sample(F.linear(h, model.wte.weight), temperature, top_k, top_p, generator)
-        for b, token in enumerate(tokens.tolist()):
-            if open_[b]:
+        open_ = []
+        for i, (b, token) in enumerate(zip(rows, tokens.tolist())):
+            if b is not None:
                 answers[b].append(token)
                 full = lengths[b] + len(answers[b]) > config.block_size   # the new token itself needs a position
-                open_[b] = not (token == config.vocab_size - 1 or full or (stop is not None and stop(answers[b])))
-        if not any(open_):
+                if token == config.vocab_size - 1 or full or (stop is not None and stop(answers[b])):
+                    rows[i] = None
+                else:
+                    open_.append(i)
+        if not open_:
             break
-        x = tokens[:, None]   # closed rows run on with the others, unread
+        if len(open_) <= len(rows) // 2:   # closed rows run on, unread, until they are half of the batch
+            cache.keep(open_)
+            tokens, rows = tokens[open_], [rows[i] for i in open_]
+        x = tokens[:, None]
     model.train(was_training)
     return answers
 

@@ -59,7 +59,7 @@ class Config:
     warmup: int = 0                           # steps of linear rise
     grad_clip: float = 1.0                    # largest norm of a step's gradient; 0: no clipping
     eval_every: int = 100                     # steps between evaluations; also at step 0 and at the end
-    eval_samples: int = 400                   # validation pairs an evaluation looks at
+    eval_samples: int = 200                   # validation pairs an evaluation looks at
     save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
     log_every: int = 10                       # steps between lines of metrics and of progress
 

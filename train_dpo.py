@@ -34,7 +34,7 @@ class Config(runs.Config):
     lr: float = 4e-5
     warmup: int = 10
     epochs: float = 0.5
-    eval_every: int = 25
+    eval_every: int = 50
     loss: Literal["dpo", "cdpo"] = "dpo"   # cdpo adds gamma times a regulariser over the whole vocabulary
     beta: float = 0.5                      # how many nats of log-ratio make one unit of reward
     gamma: float = 1.0                     # weight of CDPO's regulariser

@@ -24,8 +24,8 @@ from files import fingerprint
 @dataclass
 class Config(runs.Config):
     out: str = "runs/sft"
-    eval_every: int = 225
-    epochs: float = 3.6
+    eval_every: int = 250
+    epochs: float = 4.0
     lr: float = 4e-3
     warmup: int = 40
     loss_on: Literal["response", "all"] = "response"   # what is learned: the last answer, or every token of the dialogue
