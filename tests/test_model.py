@@ -378,7 +378,7 @@ def test_a_new_token_costs_one_position():
     model, seen = scripted([1, 2, 3, 4, 5, 6, 7, 0]), []
     model.ln_f.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:2])))
     model.generate([[0, 0], [0, 0, 0]], 100, temperature=0, stop=lambda ids: 5 in ids)
-    assert seen == [(2, 3), (2, 1), (2, 1), (2, 1)]   # the prompts, then a token of each row at a time: 2 3 4 5 and 3 4 5
+    assert seen == [(2, 3), (2, 1), (2, 1), (1, 1)]   # the prompts, then a token of each open row: 2 3 4 5 and 3 4 5
 
 
 def test_prompts_may_be_tensors_or_arrays(ours):

@@ -9,6 +9,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,12 +103,12 @@ def test_a_start_that_is_not_the_reference_is_an_error():
         train_dpo.check_start({**fine, "ties": 0.9})
 
 
-def test_dropout_in_the_policy_would_be_noticed(sft, tmp_path, monkeypatch):
+def test_a_reference_that_differs_stops_the_run(sft, tmp_path, monkeypatch):
     """The check is wired in: a reference that differs stops the run before its first step."""
     noisy = gpt.load(sft)
     with torch.no_grad():
-        noisy.wpe.weight.add_(0.01)
-    monkeypatch.setattr(train_dpo.copy, "deepcopy", lambda model: noisy)
+        noisy.wpe.weight.mul_(1.5)   # adding a constant would not do: every LayerNorm takes it out again
+    monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: noisy))
     with pytest.raises(InputError, match="at step 0 policy and reference differ"):
         train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run")))
 
