@@ -395,6 +395,13 @@ def in_order(tokens, size):
     order = np.argsort(tokens.lengths().sum(1), kind="stable")
     return [order[i:i + size] for i in range(0, len(order), size)]
 
+def sha256(*splits):
+    """Of the tokens of some splits: a resumed run must find the same ones."""
+    digest = hashlib.sha256()
+    for tokens in splits:
+        digest.update(tokens.flat.tobytes() + tokens.ends.tobytes())
+    return digest.hexdigest()
+
 # ----------------------------------------------------------------------------------------------------------------------
 # for the scripts: both splits at once, and sampled answers
 
@@ -450,10 +457,11 @@ def interval(share, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def unigram_loss(train, valid, vocab_size):
-    """Cross-entropy of the valid split's responses to the frequencies (plus one) of tokens in the training responses: what a
-    model knows that has learned which words are common and nothing else. nats per token."""
-    def responses(tokens):
-        return np.concatenate([tokens[i][1] for i in range(len(tokens))])
-    counts = np.bincount(responses(train), minlength=vocab_size) + 1
-    return float(-np.log(counts / counts.sum())[responses(valid)].mean())
+def unigram_loss(train, valid, vocab_size, loss_on="response"):
+    """Cross-entropy of the valid split's scored tokens to the frequencies (plus one) of the training split's: what a model knows
+    that has learned which words are common and nothing else. nats per token."""
+    def scored(tokens):
+        pairs = (tokens[i] for i in range(len(tokens)))
+        return np.concatenate([c if loss_on == "response" else np.concatenate((p, c))[1:] for p, c, _ in pairs])
+    counts = np.bincount(scored(train), minlength=vocab_size) + 1
+    return float(-np.log(counts / counts.sum())[scored(valid)].mean())

@@ -22,7 +22,7 @@ import losses
 import minihh
 import model as gpt
 import runs
-from files import read_json, write_atomically
+from files import InputError, fingerprint, read_json, write_atomically
 
 
 @dataclass
@@ -38,20 +38,31 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # autocast; auto is bfloat16 on a GPU that has it
 
 
-def trained_from(name):
-    """(the model a run started from, its beta if it is a DPO run) from its config.json; (None, None) for what is not a run."""
-    path = Path(name) / "config.json"
-    flags = read_json(path).get("flags", {}) if path.is_file() else {}
-    return flags.get("init"), flags.get("beta")
+def run_config(name):
+    """The config.json of a run folder or of the folder of a checkpoint; {} for what is not a run of ours."""
+    path = (Path(name).parent if Path(name).is_file() else Path(name)) / "config.json"
+    found = read_json(path) if path.is_file() else {}
+    return found if "flags" in found else {}
+
+
+def load_reference(name, config):
+    """The model that a DPO run's reward is measured against: its --init, if that still holds the same weights."""
+    init = config["flags"]["init"]
+    reference = gpt.load(init, block_size=config["flags"]["block_size"])
+    if fingerprint(reference.state_dict()) != config["init_sha256"]:
+        raise InputError(f"{name}: its --init {init} holds other weights now, so its rewards cannot be measured")
+    return reference
 
 
 def answer(cfg, model, tokens, temperature):
-    """An answer to each prompt: a list of lists of ids, end-of-text stripped."""
+    """An answer to each prompt: a list of lists of ids, end-of-text included."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(cfg.seed)
     prompts = [tokens[i][0] for i in range(len(tokens))]
     found = []
-    for i in range(0, len(prompts), 300):
-        found += model.generate(prompts[i:i + 300], cfg.max_new_tokens, temperature, generator=generator)
+    c = model.config
+    size = max(1, min(300, 10 ** 9 // (2 * c.n_layer * c.n_embd * c.block_size)))   # a KV cache of at most 4 GB in fp32
+    for i in range(0, len(prompts), size):
+        found += model.generate(prompts[i:i + size], cfg.max_new_tokens, temperature, generator=generator)
     return found
 
 
@@ -76,7 +87,13 @@ def by_group(values, names):
 
 
 def main(cfg):
+    for name, low in (("prompts", 2), ("max_new_tokens", 1), ("show", 0), ("seed", 0)):
+        if getattr(cfg, name) < low:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(cfg, name)}")
     device, autocast = runs.setup(cfg)
+    models = list(dict.fromkeys(name.rstrip("/") for name in cfg.models))
+    configs = {name: run_config(name) for name in models}
+    references = {name: load_reference(name, config) for name, config in configs.items() if "beta" in config.get("flags", ())}
     checked = cfg.data == "minihh"
     pairs, _ = data.load_pairs(cfg.data, ("test",))
     pairs = pairs["test"][:cfg.prompts]
@@ -85,11 +102,11 @@ def main(cfg):
     groups = [minihh.GROUPS[s] for s in skills] if checked else None
 
     scores, right, generations, shown = {}, {}, [], []
-    for name in cfg.models:
+    for name in models:
         model = gpt.load(name).to(device).eval()
         tokens, _ = data.tokenize(pairs, model.config.vocab_size, model.config.block_size)
         decode = data.tokenizer(model.config.vocab_size).decode
-        init, beta = trained_from(name)
+        init = configs[name].get("flags", {}).get("init")
         score = scores[name] = {"init": init, "n": len(pairs), "longer_wins": data.longer_wins(tokens)}
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             with autocast():
@@ -106,13 +123,13 @@ def main(cfg):
             generations += [{"model": name, "mode": mode, "prompt": p.prompt, "answer": text} for p, text in zip(pairs, texts)]
             if mode == "greedy":
                 shown.append(texts[:cfg.show])
-        if beta is not None:
-            policy, ref = (pair_logps(m, tokens, autocast) for m in (model, gpt.load(init).to(device).eval()))
-            with autocast():   # it decides how close a tie is
-                won = losses.reward_wins(*policy, *ref).numpy()
+        if name in references:
+            policy, ref = (pair_logps(m, tokens, autocast) for m in (model, references.pop(name).to(device).eval()))
+            won = losses.reward_wins(*policy, *ref).numpy()
             accuracy, init_accuracy = float(won.mean()), float(losses.wins(*ref).mean())
-            score["pairs"] = {"beta": beta, "reward_accuracy": accuracy, "interval": data.interval(accuracy, len(won)),
-                              "logp_accuracy": float(losses.wins(*policy).mean()), "init_logp_accuracy": init_accuracy}
+            score["pairs"] = {"beta": configs[name]["flags"]["beta"], "reward_accuracy": accuracy,
+                              "interval": data.interval(accuracy, len(won)), "logp_accuracy": float(losses.wins(*policy).mean()),
+                              "init_logp_accuracy": init_accuracy}
             if checked:
                 score["pairs"] |= {"by_group": by_group(won, groups), "by_skill": by_group(won, skills),
                                    "by_flaw": by_group(won, [e.flaw for e in examples])}

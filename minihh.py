@@ -291,7 +291,7 @@ def flawed(skill, x, flaw, split, rng):
     if flaw == "complies":
         return sentence(rng.choice(COMPLIES).format(x=x[0]))
     if flaw == "off-topic":   # a good answer to something that nobody asked
-        while True:           # unless it is right by chance, as "people use a towel" for the plural of person
+        while True:           # unless it happens to be right here too
             other = rng.choice([s for s in (*LOOKUPS, "list") if s != skill])
             z, _ = rng.choice(cells(split)[other])
             told = tell(other, z, result(other, z, rng), rng)

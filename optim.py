@@ -37,6 +37,8 @@ def make(name, model, lr, betas, weight_decay):
     betas = default if betas is None else tuple(betas)
     if len(betas) != len(default) or not all(0 <= b < 1 for b in betas):
         raise InputError(f"--betas: {name} takes {len(default)} numbers in [0, 1), found {betas}")
+    if name == "nesterov" and not betas[0]:
+        raise InputError("--betas: nesterov takes a momentum above 0")
     return constructor(parameter_groups(model, weight_decay), lr, betas)
 
 

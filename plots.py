@@ -109,7 +109,10 @@ def accuracy(events, config, path):
 
 
 if __name__ == "__main__":
-    for folder in sys.argv[1:] or sys.exit("usage: python plots.py RUN ..."):
+    if len(sys.argv) < 2:
+        print("usage: python plots.py RUN ...", file=sys.stderr)
+        sys.exit(2)
+    for folder in sys.argv[1:]:
         try:
             draw(folder)
         except (OSError, ValueError, KeyError) as e:

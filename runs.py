@@ -93,7 +93,7 @@ def parse(Config, argv=None):
     cfg = Config(**typed)
     if getattr(cfg, "resume", False):
         stored = Run(cfg).stored_flags()
-        cfg = Config(**{**stored, **{key: typed[key] for key in MAY_CHANGE if key in typed}})
+        cfg = Config(**{**stored, "overwrite": False, "stop_at": None, **{key: typed[key] for key in MAY_CHANGE if key in typed}})
         check_same(cfg.out, stored, {key: value for key, value in typed.items() if key not in MAY_CHANGE})
     return cfg
 
@@ -129,6 +129,13 @@ def validate(cfg):
         value = getattr(cfg, name)
         if value is not None and not value >= low:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
+    for name in ("epochs", "lr", "weight_decay", "grad_clip"):
+        if getattr(cfg, name) == float("inf"):
+            raise InputError(f"--{name.replace('_', '-')}: expected a finite number, found inf")
+    if cfg.epochs == 0 and cfg.steps is None:
+        raise InputError("--epochs: expected a number above 0, found 0")
+    if cfg.seed >= 2 ** 63:
+        raise InputError(f"--seed: expected a number below 2^63, found {cfg.seed}")
     if cfg.dropout >= 1:
         raise InputError(f"--dropout: expected a share below 1, found {cfg.dropout}")
 
@@ -139,10 +146,12 @@ def command_line(main, Config):
         main(parse(Config))
     except InputError as e:
         sys.exit(_fail(str(e)))
+    except torch.OutOfMemoryError:
+        sys.exit(_fail("out of GPU memory: try fewer sequences at a time (--micro-batch, with a larger --accumulate)"))
     except OSError as e:   # missing file, no permission, full disk: the message names the file
         sys.exit(_fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)))
     except KeyboardInterrupt:
-        print("\ninterrupted before the first step", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -160,8 +169,11 @@ def setup(cfg):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: expected cpu, cuda or mps")
     torch.manual_seed(cfg.seed)
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and auto
     return device, (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
 
 
@@ -171,6 +183,10 @@ def count_steps(cfg, examples):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
+
+OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png")   # a run's files
+RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
+
 
 class Run:
     """One run: its folder, its counters, its checkpoints. Making a Run only looks; begin() is the first thing that writes.
@@ -185,11 +201,16 @@ class Run:
         self.best, self.last_evaluation, self.final, self.stop = float("inf"), -1, {}, False
         if cfg.resume and cfg.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        used = [f for f in ("config.json", "metrics.jsonl", "last.pt", "best.pt") if (self.path / f).exists()]
-        if used and not (cfg.resume or cfg.overwrite):
-            raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
+        self._refuse_used()
+        if cfg.overwrite and self.path.resolve() in (Path(cfg.init).resolve(), Path(cfg.init).resolve().parent):
+            raise InputError(f"--overwrite of {self.path} would delete --init {cfg.init}: choose another --out")
         if cfg.resume and not (self.path / "last.pt").is_file():
             raise InputError(f"{self.path} holds no last.pt to resume from")
+
+    def _refuse_used(self):
+        used = [f for f in OURS if (self.path / f).exists()]
+        if used and not (self.cfg.resume or self.cfg.overwrite):
+            raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
 
     def stored_flags(self):
         flags = read_json(self.path / "config.json").get("flags")
@@ -205,8 +226,16 @@ class Run:
             given = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE}
             check_same(self.path, self.stored_flags(), given)
             checkpoint = read_checkpoint(self.path / "last.pt")
-            if checkpoint["init_sha256"] != facts["init_sha256"]:
-                raise InputError(f"{self.path} cannot be resumed: --init {self.cfg.init} holds other weights than when it began")
+            missing = RESUMABLE - checkpoint.keys()
+            if missing:
+                raise InputError(f"{self.path}/last.pt is no checkpoint to resume from: it has no {', '.join(sorted(missing))}")
+            for key, what in (("init_sha256", f"--init {self.cfg.init}"), ("data_sha256", f"--data {self.cfg.data}")):
+                if checkpoint[key] != facts[key]:
+                    raise InputError(f"{self.path} cannot be resumed: {what} is not what it was when the run began")
+            offsets = checkpoint["offsets"]
+            for name, size in offsets.items():
+                if not (self.path / name).is_file() or (self.path / name).stat().st_size < size:
+                    raise InputError(f"{self.path}/{name} is shorter than when last.pt was written: the run cannot be resumed")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / "lock", "w")
         try:
@@ -217,18 +246,19 @@ class Run:
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             _set_rng_state(checkpoint["rng"])
-            offsets = checkpoint["offsets"]
             for key in ("at", "best", "last_evaluation", "final"):
                 setattr(self, key, checkpoint[key])
             self.say(f"resumed at step {self.at['step']} of {steps}")
         else:
-            for pattern in ("*.pt", "*.png", "*.part", "config.json", "metrics.jsonl", "samples.txt"):
-                for file in self.path.glob(pattern):
-                    file.unlink()
+            self._refuse_used()   # another process may have come first
+            for name in OURS:
+                for file in (self.path / name, self.path / f"{name}.part"):
+                    file.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
             with open(self.path / name, "ab") as f:
                 f.truncate(offsets.get(name, 0))
-        self.init_sha256, self.began_at, self.began = facts["init_sha256"], self.at["step"], time.time()
+        self.hashes = {key: facts[key] for key in ("init_sha256", "data_sha256")}
+        self.began_at, self.began = self.at["step"], time.time()
         here = Path(__file__).parent
         modules = (torch, numpy, tiktoken, matplotlib)
         git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -257,7 +287,7 @@ class Run:
         """Keep an evaluation; best.pt is the one with the lowest `key`."""
         self.final, self.last_evaluation = found, self.at["step"]
         self._log(**found, peak_memory=peak_memory())
-        with open(self.path / "samples.txt", "a") as f:
+        with open(self.path / "samples.txt", "a", encoding="utf-8") as f:
             f.write(f"=== step {self.at['step']}\n{samples}")
         if found[key] < self.best:
             self.best = found[key]
@@ -272,7 +302,7 @@ class Run:
             write_checkpoint(self.path / "last.pt", {
                 **self._weights(model), "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets,
                 "at": self.at, "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final,
-                "init_sha256": self.init_sha256})
+                **self.hashes})
         return not ends
 
     def stepped(self, began, samples, tokens, flops, **values):
@@ -299,7 +329,7 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.lock.close()
-        if self.stop:
+        if self.stop and self.at["step"] < self.steps:
             self.say(f"interrupted: go on with --resume --out {self.path}")
             raise SystemExit(130)
         return {**self.at, **self.final, "best": self.best}
@@ -330,7 +360,7 @@ def _set_rng_state(state):
 
 def peak_memory():
     """Bytes: of the GPU where there is one, else the process's largest resident size."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

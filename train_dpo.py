@@ -42,7 +42,7 @@ class Config(runs.Config):
 
 
 def pair_losses(cfg, model, reference, batch):
-    """Losses, chosen rewards and rejected rewards of a micro-batch of B pairs, each (B,)."""
+    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
     hidden = batch.pick(model.hidden(batch.tokens))
     with torch.no_grad():
         ref_hidden = batch.pick(reference.hidden(batch.tokens))
@@ -52,8 +52,9 @@ def pair_losses(cfg, model, reference, batch):
                                           reference.wte.weight, ref_logps, cfg.beta, cfg.gamma)
     else:
         logps = losses.response_logps(hidden, model.wte.weight, batch)
-    dpo, *rewards = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
-    return cdpo if cfg.loss == "cdpo" else dpo, *rewards
+    dpo, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
+    won = losses.reward_wins(*logps.detach().chunk(2), *ref_logps.chunk(2))
+    return cdpo if cfg.loss == "cdpo" else dpo, chosen_rewards - rejected_rewards, won
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def main(cfg):
     if cfg.loss == "cdpo" and cfg.label_smoothing:
         raise InputError("--label-smoothing goes with --loss dpo only")
     for name, low, high in (("beta", 1e-9, math.inf), ("gamma", 0, math.inf), ("label_smoothing", 0, 0.5)):
-        if not low <= getattr(cfg, name) <= high:
+        if not low <= getattr(cfg, name) <= high or getattr(cfg, name) == math.inf:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
     run = runs.Run(cfg)
@@ -132,8 +133,8 @@ def main(cfg):
             f"{cfg.micro_batch * cfg.accumulate} pairs\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
             f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
-    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), device=str(device), data=counts,
-              baseline_longer_wins=longer, val_pairs=len(valid))
+    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), data_sha256=data.sha256(train, valid),
+              device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
@@ -153,22 +154,22 @@ def main(cfg):
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
         batches = [data.pair_batch(train, order[step * cfg.accumulate + k]).to(device) for k in range(cfg.accumulate)]
         pairs = sum(batch.responses for batch in batches) // 2   # of the whole step: a mean of means would weigh a short one more
-        chosen, rejected, train_loss = [], [], 0.0
+        train_loss = train_margin = train_won = 0.0
         for batch in batches:
             with autocast():
-                loss, *rewards = pair_losses(cfg, model, reference, batch)
+                loss, margin, won = pair_losses(cfg, model, reference, batch)
             (loss.sum() / pairs).backward()
             train_loss += loss.sum().item() / pairs
-            chosen.append(rewards[0])
-            rejected.append(rewards[1])
+            train_margin += margin.sum().item() / pairs
+            train_won += won.sum().item() / pairs
+        if not math.isfinite(train_loss):
+            raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
         norm = optim.clip(model, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        chosen, rejected = torch.cat(chosen), torch.cat(rejected)
         run.stepped(began, samples=pairs, tokens=sum(sum(b.lengths) for b in batches),
                     flops=sum(4 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # 3 policy, 1 reference
-                    train_loss=train_loss, train_reward_accuracy=losses.wins(chosen, rejected).mean().item(),
-                    train_margin=(chosen - rejected).mean().item(), grad_norm=norm, lr=lr)
+                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin, grad_norm=norm, lr=lr)
 
     return run.end()
 

@@ -6,6 +6,7 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
 
 Simplified: one process, one GPU; a micro-batch is a padded rectangle.
 """
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ import model as gpt
 import optim
 import plots
 import runs
-from files import fingerprint
+from files import InputError, fingerprint
 
 
 @dataclass
@@ -71,7 +72,7 @@ def main(cfg):
     valid = valid[:cfg.eval_samples]
     order = data.Order(train.lengths()[:, :2].sum(1), cfg.micro_batch, cfg.seed)
     steps = runs.count_steps(cfg, len(train))
-    unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size), data.longer_wins(valid)
+    unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size, cfg.loss_on), data.longer_wins(valid)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay)
@@ -79,8 +80,8 @@ def main(cfg):
     run.say(f"SFT of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
             f"{cfg.micro_batch * cfg.accumulate} dialogues\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
-    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), device=str(device), data=counts,
-              baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
+    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), data_sha256=data.sha256(train, valid),
+              device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
@@ -106,6 +107,8 @@ def main(cfg):
                 loss = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, normaliser)
             loss.backward()
             train_loss += loss.item()
+        if not math.isfinite(train_loss):
+            raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
         norm = optim.clip(model, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

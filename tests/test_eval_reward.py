@@ -21,6 +21,7 @@ import minihh
 import model as gpt
 import train_dpo
 import train_sft
+from files import InputError
 
 TINY = eval_reward.Config(prompts=24, max_new_tokens=8, show=1)
 
@@ -30,6 +31,7 @@ def trained(tmp_path_factory):
     """Two short runs: (SFT folder, DPO folder)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(train_sft.plots, "draw", lambda folder: None)
         path = tmp_path_factory.mktemp("runs")
         small = {"eval_samples": 40, "eval_every": 100, "micro_batch": 8}
         train_sft.main(train_sft.Config(steps=20, out=str(path / "sft"), **small))
@@ -107,10 +109,21 @@ def test_pair_logps_do_not_depend_on_the_batch(trained):
     torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-4)   # sums near -100 in fp32
 
 
+def test_a_reference_that_has_changed_is_refused(trained, tmp_path):
+    sft, dpo = trained
+    shutil.copytree(dpo, tmp_path / "dpo")
+    config = json.loads((tmp_path / "dpo" / "config.json").read_text())
+    config["init_sha256"] = "0" * 64
+    (tmp_path / "dpo" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="holds other weights now"):
+        eval_reward.main(replace(TINY, models=(str(tmp_path / "dpo"),), out=str(tmp_path / "eval")))
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--models", "runs/none"], "no model 'runs/none'"),
     (["--models", "mini", "--data", "a.jsonl,b.jsonl"], "no such file"),
     (["--seed", "x"], "invalid int value"),
+    (["--prompts", "0"], "--prompts: expected at least 2, found 0"),
 ])
 def test_bad_flags_end_in_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["eval_reward.py", "--out", str(tmp_path / "eval"), *flags])

@@ -34,7 +34,7 @@ def tiny():
 def begun(tmp_path, steps=4, **flags):
     run = runs.Run(Config(out=str(tmp_path / "run"), eval_every=2, log_every=1, **flags))
     model, optimizer = tiny()
-    run.begin(model, optimizer, steps, init_sha256="x")
+    run.begin(model, optimizer, steps, init_sha256="x", data_sha256="y")
     return run, model, optimizer
 
 

@@ -35,6 +35,12 @@ def sft(tmp_path_factory):
         yield str(out)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where pictures are not the point: half of a tiny run's time."""
+    monkeypatch.setattr(train_dpo.plots, "draw", lambda folder: None)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -48,7 +54,7 @@ def hf_logps(model, encoding, prompt, response):
     return sum(logp[len(p) - 1 + i, token] for i, token in enumerate(r))
 
 
-def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path):
+def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictures):
     cfg = replace(TINY, init=sft, out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0)
     train_dpo.main(cfg)
     ours = [e for e in metrics(cfg.out) if "train_loss" in e]
@@ -82,7 +88,7 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path):
 # ---- worked by hand ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, start", [("dpo", math.log(2)), ("cdpo", math.log(2) + 4 / 2)])
-def test_starts_at_log_2_with_every_pair_a_tie(sft, tmp_path, loss, start):
+def test_starts_at_log_2_with_every_pair_a_tie(sft, tmp_path, no_pictures, loss, start):
     """pi = ref: h = 0 for every pair, so L = log 2 = 0.6931, CDPO adds gamma / 2, rewards and KL are 0, the accuracy is 1/2."""
     train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run"), steps=1, loss=loss, gamma=4.0))
     zero, first = metrics(tmp_path / "run")[:2]
@@ -116,7 +122,7 @@ def test_a_reference_that_differs_stops_the_run(sft, tmp_path, monkeypatch):
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo"])
-def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, loss):
+def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, loss):
     cfg = replace(TINY, init=sft, loss=loss)
     train_dpo.main(replace(cfg, out=str(tmp_path / "whole")))
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), stop_at=5))
@@ -129,7 +135,7 @@ def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, loss):
     assert a == b
 
 
-def test_gamma_0_is_dpo(sft, tmp_path):
+def test_gamma_0_is_dpo(sft, tmp_path, no_pictures):
     a = train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "dpo")))
     b = train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "cdpo"), loss="cdpo", gamma=0.0))
     assert a["val_dpo_loss"] == pytest.approx(b["val_dpo_loss"], abs=1e-5)

@@ -33,6 +33,12 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Where pictures are not the point: half of a tiny run's time."""
+    monkeypatch.setattr(train_sft.plots, "draw", lambda folder: None)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,7 +57,7 @@ def run_flags(monkeypatch, *flags):
 
 # ---- oracle --------------------------------------------------------------------------------------------------------------
 
-def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path):
+def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path, no_pictures):
     """Full logits, labels of -100 on the prompt, torch's unfused AdamW: written without our losses, loader or schedule."""
     gpt.torch.manual_seed(5)
     start = gpt.load("mini")
@@ -86,7 +92,7 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path):
 
 # ---- worked by hand ------------------------------------------------------------------------------------------------------
 
-def test_counters_by_hand(tmp_path):
+def test_counters_by_hand(tmp_path, no_pictures):
     """3 steps of 2 micro-batches of 4 are 24 dialogues; the first loss of random weights is near log 2048 = 7.62."""
     final = train_sft.main(replace(TINY, steps=3, out=str(tmp_path / "run")))
     assert (final["step"], final["updates"], final["micro_step"], final["samples"]) == (3, 3, 6, 24)
@@ -104,7 +110,7 @@ def test_steps_come_from_epochs(tmp_path):
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop_at", [5, 7])   # on an evaluation and between two
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop_at):
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at):
     cfg = replace(TINY, dropout=0.1)   # dropout on: the random state must come back too
     train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
     cut = replace(cfg, out=str(tmp_path / "cut"))
@@ -121,7 +127,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
 
 
-def test_evaluating_changes_nothing(tmp_path):
+def test_evaluating_changes_nothing(tmp_path, no_pictures):
     often = train_sft.main(replace(TINY, steps=4, dropout=0.1, eval_every=1, out=str(tmp_path / "often")))
     seldom = train_sft.main(replace(TINY, steps=4, dropout=0.1, eval_every=4, out=str(tmp_path / "seldom")))
     assert often["val_loss"] == seldom["val_loss"]
@@ -180,6 +186,10 @@ def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
     (["--block-size", "4096"], "block_size 4096"),
     (["--resume"], "holds no last.pt"),
     (["--resume", "--overwrite"], "exclude each other"),
+    (["--epochs", "inf"], "expected a finite number"),
+    (["--epochs", "0"], "--epochs: expected a number above 0"),
+    (["--seed", "99999999999999999999"], "--seed: expected a number below"),
+    (["--device", "meta"], "--device meta: expected cpu, cuda or mps"),
 ])
 def test_bad_flags_end_in_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, message):
     assert run_flags(monkeypatch, "--out", str(tmp_path / "run"), *flags) == 2
@@ -202,7 +212,7 @@ def test_a_run_is_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
 
 
-def test_checkpoints_of_another_shape_or_cut_off_are_refused(tmp_path, monkeypatch, capsys):
+def test_checkpoints_of_another_shape_or_cut_off_are_refused(tmp_path, no_pictures, monkeypatch, capsys):
     out = tmp_path / "run"
     train_sft.main(replace(TINY, steps=1, out=str(out)))
     whole = (out / "last.pt").read_bytes()
@@ -219,13 +229,54 @@ def test_checkpoints_of_another_shape_or_cut_off_are_refused(tmp_path, monkeypat
     assert "tensors do not fit the model" in capsys.readouterr().err
 
 
-def test_resume_refuses_other_starting_weights(tmp_path):
+def test_resume_refuses_other_starting_weights_and_other_data(tmp_path, no_pictures, monkeypatch):
     start = tmp_path / "start"
     train_sft.main(replace(TINY, steps=1, out=str(start)))
     cfg = replace(TINY, init=str(start), out=str(tmp_path / "run"))
     train_sft.main(replace(cfg, stop_at=2))
     train_sft.main(replace(TINY, steps=1, seed=2, out=str(start), overwrite=True))
-    with pytest.raises(InputError, match="holds other weights than when it began"):
+    with pytest.raises(InputError, match="--init .* is not what it was when the run began"):
+        train_sft.main(replace(cfg, resume=True))
+    train_sft.main(replace(cfg, init="mini", out=str(tmp_path / "other"), stop_at=2))
+    monkeypatch.setattr(data, "sha256", lambda *splits: "edited")
+    with pytest.raises(InputError, match="--data minihh is not what it was"):
+        train_sft.main(replace(cfg, init="mini", out=str(tmp_path / "other"), resume=True))
+
+
+def test_overwrite_never_deletes_what_it_starts_from(tmp_path, no_pictures):
+    start = tmp_path / "start"
+    train_sft.main(replace(TINY, steps=1, out=str(start)))
+    for init in (start, start / "best.pt"):
+        with pytest.raises(InputError, match="would delete --init"):
+            train_sft.main(replace(TINY, init=str(init), out=str(start), overwrite=True))
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tmp_path, no_pictures):
+    with pytest.raises(InputError, match="step .*: the loss is (nan|inf)"):
+        train_sft.main(replace(TINY, lr=1e30, grad_clip=0.0, out=str(tmp_path / "run")))
+    assert all(t.isfinite().all() for t in read_checkpoint(tmp_path / "run" / "last.pt")["model"].values())
+
+
+def test_resume_from_the_command_line_after_overwrite_and_stop_at(tmp_path, no_pictures):
+    """What the printed hint says must work, also where the run began with --overwrite or --stop-at."""
+    out = str(tmp_path / "run")
+    flags = ["--steps", "3", "--micro-batch", "2", "--eval-samples", "4"]
+    cfg = train_sft.runs.parse(train_sft.Config, ["--out", out, "--overwrite", "--stop-at", "2", *flags])
+    assert train_sft.main(cfg)["step"] == 2
+    assert train_sft.main(train_sft.runs.parse(train_sft.Config, ["--out", out, "--resume"]))["step"] == 3
+
+
+def test_a_run_with_missing_pieces_is_not_resumed(tmp_path, no_pictures):
+    out = tmp_path / "run"
+    cfg = replace(TINY, out=str(out))
+    train_sft.main(replace(cfg, stop_at=2))
+    whole = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(whole[:5])
+    with pytest.raises(InputError, match="metrics.jsonl is shorter than when last.pt was written"):
+        train_sft.main(replace(cfg, resume=True))
+    (out / "metrics.jsonl").write_bytes(whole)
+    (out / "best.pt").replace(out / "last.pt")
+    with pytest.raises(InputError, match="no checkpoint to resume from: it has no"):
         train_sft.main(replace(cfg, resume=True))
 
 
