@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import zlib
 from collections import Counter
@@ -186,6 +187,8 @@ def _read_all(paths, counts):
         found += pairs
         counts["rows"] += len(pairs) + sum(dropped.values())
         counts.update({f"dropped: {why}": n for why, n in dropped.items()})
+    if len(paths) > 1:   # else the first few hundred pairs, which evaluations take, would all be of the first file
+        random.Random(0).shuffle(found)
     counts["kept"] += len(found)
     counts["glued"] += sum(map(is_glued, found))
     return found

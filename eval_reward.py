@@ -27,7 +27,7 @@ from files import InputError, fingerprint, read_json, write_atomically
 
 @dataclass
 class Config:
-    out: str = "runs/eval"                                        # folder for scores.json and generations.jsonl
+    out: str = "runs/eval"                                        # folder; its scores.json and generations.jsonl are replaced
     models: tuple[str, ...] = ("mini", "runs/sft", "runs/dpo")    # what to judge, with commas between
     data: str = "minihh"                                          # as in training; the test split of it
     prompts: int = 1000                                           # how many test pairs at most

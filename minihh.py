@@ -14,7 +14,7 @@ test:
   {x}?", but not together. Every turn of a dialogue is drawn from the combinations of its own split, so no first human turn
   stands in two splits. The operands of computed skills are held out as sets: 3 + 5 in training means no 5 + 3 in the test.
 * A fifth of the training pairs is flipped, since human labels are noisy. Valid and test are clean.
-* Flawed and right answers have the same templates, openers and closers, so that "the longer answer wins" is a coin toss.
+* Flawed and right answers have the same openers and closers, and a coin decides which of the two is the longer one.
 """
 import random
 import re

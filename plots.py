@@ -61,7 +61,7 @@ def sft_loss(events, config, path):
     axis.set_ylim(bottom=0)
     scored = "the response" if config["flags"]["loss_on"] == "response" else "all tokens"
     finish(axis, "dialogues seen", f"nats per token of {scored}")
-    axis.set_title(f"SFT of {config['flags']['init']} on {config['flags']['data']}", fontsize=10)
+    axis.set_title(f"SFT of {Path(config['flags']['init']).name} on {Path(config['flags']['data']).name}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -75,7 +75,7 @@ def dpo_loss(events, config, path):
     axis.set_ylim(bottom=0)
     finish(axis, "pairs seen", "DPO loss")
     name = f"CDPO (gamma {flags['gamma']:g})" if flags["loss"] == "cdpo" else "DPO"
-    axis.set_title(f"{name}, beta {flags['beta']:g}, on {flags['data']}", fontsize=10)
+    axis.set_title(f"{name}, beta {flags['beta']:g}, on {Path(flags['data']).name}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

@@ -894,3 +894,14 @@ def test_a_block_size_without_room_for_a_prompt():
 def test_a_file_that_the_hub_does_not_have(hub):
     with pytest.raises((InputError, FileNotFoundError), match="helpful-base/train.jsonl.gz.*no such file"):
         data.load_pairs("hh-rlhf/helpful-base")
+
+
+def test_several_files_are_mixed(tmp_path):
+    """Evaluations take the first few hundred pairs: they must not all come from the first file."""
+    for name in "ab":
+        rows = [{key: f"\n\nHuman: {name}{i}\n\nAssistant: {key}" for key in ("chosen", "rejected")} for i in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = data.load_pairs(str(tmp_path))[0]["train"]
+    first = [pair.prompt[len("\n\nHuman: ")] for pair in train[:20]]
+    assert {"a", "b"} == set(first)
+    assert [p for p in train] == data.load_pairs(str(tmp_path))[0]["train"]   # the same mixture every time
