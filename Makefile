@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = runs/demo
 
-demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: about 3 minutes on 2 cores
+demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: about 2 minutes on 2 cores
 	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite
 	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo --out $(DEMO)-eval
