@@ -259,14 +259,12 @@ class Run:
                 f.truncate(offsets.get(name, 0))
         self.hashes = {key: facts[key] for key in ("init_sha256", "data_sha256")}
         self.began_at, self.began = self.at["step"], time.time()
-        here = Path(__file__).parent
         modules = (torch, numpy, tiktoken, matplotlib)
-        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         write_atomically(self.path / "config.json", json.dumps({
             "script": Path(inspect.getfile(type(self.cfg))).name, "flags": dataclasses.asdict(self.cfg), "steps": steps,
             "model": dataclasses.asdict(model.config), "parameters": sum(p.numel() for p in model.parameters()), **facts,
             "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
-            "commit": git.stdout.strip() or None}, indent=2).encode())
+            "commit": commit()}, indent=2).encode())
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -340,6 +338,16 @@ class Run:
     def _log(self, **values):
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps({**self.at, **values}) + "\n")
+
+
+def commit():
+    """The commit of this code, or None: there may be no repository around it, and no git."""
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                             check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
 
 
 def clock(seconds):

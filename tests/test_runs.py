@@ -110,6 +110,12 @@ def test_config_json_says_everything(tmp_path):
     assert config["parameters"] == 1272   # embeddings 256 + 128, the block 872, the last LayerNorm 16
 
 
+def test_no_git_on_the_machine_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    begun(tmp_path)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
+
+
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     run, model, optimizer = begun(tmp_path)
     run.goes_on(model, optimizer)
