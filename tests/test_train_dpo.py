@@ -80,6 +80,8 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictur
         # fp32 sums of log-probabilities near -100 are known to about 1e-5, and AdamW amplifies rounding from step to step
         assert ours[step]["train_loss"] == pytest.approx(loss.item(), abs=5e-4)
         assert ours[step]["train_margin"] == pytest.approx(sum(margins) / 6, abs=1e-3)
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in policy.parameters()]))
+        assert ours[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)   # AdamW alone would not notice a wrong scale
         adamw.step()
         adamw.zero_grad()
     assert ours[-1]["train_margin"] > 0.05   # it moved, so the comparison meant something
