@@ -392,6 +392,11 @@ class Order:
             self.epoch, self.batches = epoch, epoch_order(self.lengths, self.size, self.seed, epoch)
         return self.batches[i]
 
+    def draw(self, i, rng, n):
+        """n micro-batches of the epoch that holds the i-th, drawn anew with replacement."""
+        first = i - i % self.per_epoch
+        return [self[first + int(j)] for j in rng.integers(self.per_epoch, size=n)]
+
 
 def in_order(tokens, size):
     """All rows in micro-batches of similar length, for evaluation."""
@@ -433,6 +438,18 @@ def show(model, tokens, answers, n=4):
     """The first n prompts and their answers as text, for samples.txt."""
     decode = tokenizer(model.config.vocab_size).decode
     return "".join(f"{decode(tokens[i][0].tolist())}[{decode(answers[i])}]\n\n" for i in range(min(n, len(answers))))
+
+
+def describe_answers(answers):
+    """What an evaluation keeps of its sampled answers; nothing of none."""
+    return {"sampled_length": mean_length(answers), "distinct_2": distinct(answers, 2)} if answers else {}
+
+
+def show_answers(found):
+    """The same for the progress line."""
+    kl = " | KL {val_kl:.2f}" if "val_kl" in found else ""
+    return (kl + " | sampled answers {sampled_length:.0f} tokens, distinct-2 {distinct_2:.2f}").format(**found) \
+        if "sampled_length" in found else ""
 
 
 def mean_length(answers):

@@ -60,8 +60,10 @@ class Config:
     grad_clip: float = 1.0                    # largest norm of a step's gradient; 0: no clipping
     eval_every: int = 100                     # steps between evaluations; also at step 0 and at the end
     eval_samples: int = 200                   # validation pairs an evaluation looks at
+    eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker
     save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
     log_every: int = 10                       # steps between lines of metrics and of progress
+    variance_every: int | None = None         # steps between probes of the noise in the updates; none unless given
 
 # ----------------------------------------------------------------------------------------------------------------------
 # flags
@@ -125,6 +127,7 @@ def validate(cfg):
     """What argparse cannot see: numbers that make no sense."""
     for name, low in {"steps": 0, "epochs": 0, "stop_at": 1, "micro_batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0,
                       "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "log_every": 1,
+                      "eval_answers": 0, "variance_every": 1,
                       "dropout": 0, "seed": 0}.items():
         value = getattr(cfg, name)
         if value is not None and not value >= low:
@@ -184,7 +187,7 @@ def count_steps(cfg, examples):
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
-OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png")   # a run's files
+OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png", "variance.png")
 RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
 
 
@@ -198,7 +201,7 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.path = cfg, Path(cfg.out)
         self.at = {"step": 0, "updates": 0, "micro_step": 0, "samples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
-        self.best, self.last_evaluation, self.final, self.stop = float("inf"), -1, {}, False
+        self.best, self.last_evaluation, self.final, self.stop, self.draw_after = float("inf"), -1, {}, False, 0.0
         if cfg.resume and cfg.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         self._refuse_used()
@@ -291,6 +294,19 @@ class Run:
             self.best = found[key]
             write_checkpoint(self.path / "best.pt", self._weights(model))
 
+    def draw(self, draw):
+        """The pictures again, draw(folder), at the end and as often as takes a thirtieth of the time at most."""
+        now = time.time()
+        if now > self.draw_after or self.at["step"] == self.steps:
+            draw(self.path)
+            self.draw_after = time.time() + 30 * (time.time() - now)
+
+    def probe_due(self):
+        return self.cfg.variance_every is not None and self.at["step"] % self.cfg.variance_every == 0
+
+    def probed(self, found):
+        self._log(**found)
+
     def goes_on(self, model, optimizer):
         """Save last.pt where it is due; whether there is another step to do."""
         step = self.at["step"]
@@ -303,10 +319,10 @@ class Run:
                 **self.hashes})
         return not ends
 
-    def stepped(self, began, samples, tokens, flops, **values):
+    def stepped(self, began, updates, samples, tokens, flops, **values):
         """Count a step; every --log-every steps a line of metrics and a line of progress."""
         took, a = time.time() - began, self.at
-        self.at = {"step": a["step"] + 1, "updates": a["updates"] + 1, "micro_step": a["micro_step"] + self.cfg.accumulate,
+        self.at = {"step": a["step"] + 1, "updates": a["updates"] + updates, "micro_step": a["micro_step"] + self.cfg.accumulate,
                    "samples": a["samples"] + samples, "tokens": a["tokens"] + tokens, "flops": a["flops"] + flops,
                    "seconds": a["seconds"] + took}
         if self.at["step"] % self.cfg.log_every == 0:

@@ -24,6 +24,7 @@ import model as gpt
 import optim
 import plots
 import runs
+import variance
 from files import InputError, fingerprint
 
 
@@ -69,13 +70,14 @@ def evaluate(cfg, model, reference, autocast, valid):
 
     pairs, per_token, regularizer = [], [], []
     with autocast():
-        for rows in data.in_order(valid, cfg.micro_batch):
+        for rows in data.in_order(valid, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
             (logps, ref_logps), (entropy, _, kl, r), batch = both(data.pair_batch(valid, rows))
             pairs.append((*logps.chunk(2), *ref_logps.chunk(2)))
             per_token.append((entropy, kl))
             regularizer.append(losses.sequence_logps(r, batch.owner, batch.responses) / torch.bincount(batch.owner))
-        answers = data.sample_answers(model, valid, cfg.seed)
-        _, (_, sampled_kl, _, _), _ = both(data.collate([valid[i][0] for i in range(len(answers))], answers))
+        answers = data.sample_answers(model, valid, cfg.seed, cfg.eval_answers)
+        if answers:
+            _, (_, sampled_kl, _, _), _ = both(data.collate([valid[i][0] for i in range(len(answers))], answers))
         chosen, rejected, ref_chosen, ref_rejected = logps = [torch.cat(part) for part in zip(*pairs)]
         won = losses.reward_wins(*logps)
     loss, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps, cfg.beta)
@@ -86,9 +88,9 @@ def evaluate(cfg, model, reference, autocast, valid):
         "val_logp_accuracy": losses.wins(chosen, rejected).mean(),
         "baseline_sft_logps": losses.wins(ref_chosen, ref_rejected).mean(),
         "val_chosen_logps": chosen.mean(), "val_rejected_logps": rejected.mean(),
-        "val_kl": sampled_kl.sum() / len(answers), "policy_entropy": entropy, "val_full_kl": kl,
-        "regularizer": torch.cat(regularizer).mean(), "ties": (won == 0.5).float().mean(),
-        "sampled_length": data.mean_length(answers), "distinct_2": data.distinct(answers, 2)}
+        "policy_entropy": entropy, "val_full_kl": kl, "regularizer": torch.cat(regularizer).mean(),
+        "ties": (won == 0.5).float().mean(), **({"val_kl": sampled_kl.sum() / len(answers)} if answers else {}),
+        **data.describe_answers(answers)}
     return {key: float(value) for key, value in found.items()}, data.show(model, valid, answers)
 
 
@@ -126,7 +128,8 @@ def main(cfg):
     longer = data.longer_wins(valid)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
-    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay)
+    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
+    per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
     run.say(f"{what}, of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
@@ -137,39 +140,53 @@ def main(cfg):
               device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
+    def micro_batches(rows):
+        return [data.pair_batch(train, r).to(device) for r in rows]
+
+    def micro_losses(batches):
+        """(loss, margin, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
+        pairs = sum(batch.responses for batch in batches) // 2
+        for batch in batches:
+            with autocast():
+                loss, margin, won = pair_losses(cfg, model, reference, batch)
+            yield loss.sum() / pairs, margin.sum() / pairs, won.sum() / pairs
+
+    def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
+        return (loss for loss, _, _ in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))
+
     while True:
         if run.evaluation_due():
             found, samples = evaluate(cfg, model, reference, autocast, valid)
             if run.at["step"] == 0:
                 check_start(found)
             run.evaluated(model, "val_dpo_loss", found, samples)
-            plots.draw(run.path)
+            run.draw(plots.draw)
             run.say("step {step:>5} held-out DPO loss {val_dpo_loss:.4f} | reward accuracy {val_reward_accuracy:.3f} | "
-                    "margin {val_margin:.3f} | KL {val_kl:.2f} | sampled answers {sampled_length:.0f} tokens, distinct-2 "
-                    "{distinct_2:.2f}".format(**run.at, **found))
+                    "margin {val_margin:.3f}".format(**run.at, **found) + data.show_answers(found))
         if not run.goes_on(model, optimizer):
             break
 
-        began, step = time.time(), run.at["step"]
+        step = run.at["step"]
+        if run.probe_due():
+            run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step]))
+        began = time.time()
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
-        batches = [data.pair_batch(train, order[step * cfg.accumulate + k]).to(device) for k in range(cfg.accumulate)]
-        pairs = sum(batch.responses for batch in batches) // 2   # of the whole step: a mean of means would weigh a short one more
-        train_loss = train_margin = train_won = 0.0
-        for batch in batches:
-            with autocast():
-                loss, margin, won = pair_losses(cfg, model, reference, batch)
-            (loss.sum() / pairs).backward()
-            train_loss += loss.sum().item() / pairs
-            train_margin += margin.sum().item() / pairs
-            train_won += won.sum().item() / pairs
-        if not math.isfinite(train_loss):
-            raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
-        norm = optim.clip(model, cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.stepped(began, samples=pairs, tokens=sum(sum(b.lengths) for b in batches),
+        batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
+        train_loss, train_margin, train_won, norms = 0.0, 0.0, 0.0, []
+        for k, (loss, margin, won) in enumerate(micro_losses(batches), 1):
+            (loss * (cfg.accumulate // per_update)).backward()   # PMA and AGMA: each micro-batch is an update of its own
+            train_loss, train_margin, train_won = train_loss + loss.item(), train_margin + margin.item(), train_won + won.item()
+            if not math.isfinite(train_loss):
+                raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
+            if k % per_update == 0:
+                norms.append(optim.clip(model, cfg.grad_clip))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
+                    tokens=sum(sum(b.lengths) for b in batches),
                     flops=sum(4 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # 3 policy, 1 reference
-                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin, grad_norm=norm, lr=lr)
+                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin,
+                    grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()
 

@@ -19,6 +19,7 @@ import model as gpt
 import optim
 import plots
 import runs
+import variance
 from files import InputError, fingerprint
 
 
@@ -41,19 +42,18 @@ def evaluate(cfg, model, autocast, train, valid):
     with autocast():
         for key, tokens in (("val_loss", valid), ("train_eval_loss", train)):
             nll = scored = 0
-            for rows in data.in_order(tokens, cfg.micro_batch):
+            for rows in data.in_order(tokens, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
                 batch = data.sft_batch(tokens, rows, cfg.loss_on).to(device)
                 logps = losses.token_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets)
                 nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
             found[key] = nll / scored
         logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
-                 for rows in data.in_order(valid, cfg.micro_batch)]
+                 for rows in data.in_order(valid, 4 * cfg.micro_batch)]
         chosen, rejected = map(torch.cat, zip(*logps))
-        answers = data.sample_answers(model, valid, cfg.seed)
+        answers = data.sample_answers(model, valid, cfg.seed, cfg.eval_answers)
     model.train()
     found |= {"val_logp_accuracy": losses.wins(chosen, rejected).mean().item(), "val_chosen_logps": chosen.mean().item(),
-              "val_rejected_logps": rejected.mean().item(), "sampled_length": data.mean_length(answers),
-              "distinct_2": data.distinct(answers, 2)}
+              "val_rejected_logps": rejected.mean().item(), **data.describe_answers(answers)}
     return found, data.show(model, valid, answers)
 
 
@@ -75,7 +75,8 @@ def main(cfg):
     unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size, cfg.loss_on), data.longer_wins(valid)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
-    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay)
+    optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
+    per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     run.say(f"SFT of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
             f"{cfg.micro_batch * cfg.accumulate} dialogues\ndata {cfg.data}: {data.describe(counts)}\n"
@@ -84,37 +85,51 @@ def main(cfg):
               device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
+    def micro_batches(rows):
+        return [data.sft_batch(train, r, cfg.loss_on).to(device) for r in rows]
+
+    def micro_losses(batches):
+        """Every micro-batch's summed loss is divided by the tokens of them all: then K micro-batches of unequal length have the
+        gradient of one large batch. A mean of their means would not."""
+        normaliser = sum(len(batch.targets) for batch in batches)
+        for batch in batches:
+            with autocast():
+                loss = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, normaliser)
+            yield loss
+
+    def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
+        return micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate)))
+
     while True:
         if run.evaluation_due():
             found, samples = evaluate(cfg, model, autocast, train[:200], valid)
             run.evaluated(model, "val_loss", found, samples)
-            plots.draw(run.path)
+            run.draw(plots.draw)
             run.say("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f} | chosen likelier "
-                    "{val_logp_accuracy:.3f} | sampled answers {sampled_length:.0f} tokens, distinct-2 {distinct_2:.2f}"
-                    .format(**run.at, **found))
+                    "{val_logp_accuracy:.3f}".format(**run.at, **found) + data.show_answers(found))
         if not run.goes_on(model, optimizer):
             break
 
-        began, step = time.time(), run.at["step"]
+        step = run.at["step"]
+        if run.probe_due():
+            run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step]))
+        began = time.time()
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
-        batches = [data.sft_batch(train, order[step * cfg.accumulate + k], cfg.loss_on).to(device) for k in range(cfg.accumulate)]
-        # Every micro-batch's summed loss is divided by the tokens of the whole step: then K micro-batches of unequal length
-        # have the gradient of one large batch. A mean of their means would not.
-        normaliser = sum(len(batch.targets) for batch in batches)
-        train_loss = 0.0
-        for batch in batches:
-            with autocast():
-                loss = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, normaliser)
-            loss.backward()
+        batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
+        train_loss, norms = 0.0, []
+        for k, loss in enumerate(micro_losses(batches), 1):
+            (loss * (cfg.accumulate // per_update)).backward()   # PMA and AGMA: each micro-batch is an update of its own
             train_loss += loss.item()
-        if not math.isfinite(train_loss):
-            raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
-        norm = optim.clip(model, cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.stepped(began, samples=sum(b.responses for b in batches), tokens=sum(sum(b.lengths) for b in batches),
+            if not math.isfinite(train_loss):
+                raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
+            if k % per_update == 0:
+                norms.append(optim.clip(model, cfg.grad_clip))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches),
+                    tokens=sum(sum(b.lengths) for b in batches),
                     flops=sum(3 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),
-                    train_loss=train_loss, grad_norm=norm, lr=lr)
+                    train_loss=train_loss, grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()
 

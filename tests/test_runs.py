@@ -69,7 +69,7 @@ def test_clock():
 def test_counters_of_two_steps(tmp_path):
     run, _, _ = begun(tmp_path, accumulate=3)
     for _ in range(2):
-        run.stepped(run.began, samples=12, tokens=100, flops=1000, train_loss=1.5)
+        run.stepped(run.began, updates=1, samples=12, tokens=100, flops=1000, train_loss=1.5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counters = ("step", "micro_step", "samples", "tokens", "flops")
     assert [[e[key] for key in counters] for e in lines] == [[1, 3, 12, 100, 1000], [2, 6, 24, 200, 2000]]
@@ -87,7 +87,7 @@ def test_when_to_evaluate_and_to_end(tmp_path):
             assert not run.evaluation_due()   # never twice at one step
         if not run.goes_on(model, optimizer):
             break
-        run.stepped(run.began, 1, 1, 1)
+        run.stepped(run.began, 1, 1, 1, 1)
     assert seen == [0, 2, 4, 5] and (tmp_path / "run" / "last.pt").is_file()
 
 

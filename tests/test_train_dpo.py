@@ -54,8 +54,25 @@ def hf_logps(model, encoding, prompt, response):
     return sum(logp[len(p) - 1 + i, token] for i, token in enumerate(r))
 
 
-def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictures):
-    cfg = replace(TINY, init=sft, out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0)
+def lion_pma_step(parameters, t, K, lr, b1=0.95, b2=0.98, decay=0.1):
+    """001_..., algorithm 2, as optim.py's docstring has it."""
+    tau, large = t % K, t > 0 and t % K == 0
+    for p in parameters:
+        g, m = p.grad, getattr(p, "m", torch.zeros_like(p))
+        if large:
+            u, m, lr_t = torch.sign(b1 * m + (1 - b1) * g / K), K * (b2 * m + (1 - b2) * g / K), lr
+        else:
+            u, m, lr_t = torch.sign(tau * m + (1 - b1) * g), (tau * m + (1 - b2) * g) / (tau + 1), lr / K
+        with torch.no_grad():
+            p *= 1 - lr_t * (decay if p.dim() == 2 else 0)
+            p -= lr_t * u
+        p.m, p.grad = m, None
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 1e-3), ("lion-pma", 1e-4)])
+def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictures, optimizer, lr):
+    cfg = replace(TINY, init=sft, out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0,
+                  optimizer=optimizer, lr=lr)
     train_dpo.main(cfg)
     ours = [e for e in metrics(cfg.out) if "train_loss" in e]
 
@@ -67,23 +84,28 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictur
     pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
     order = data.Order([sum(len(encoding.encode(text)) for text in p) + 2 for p in pairs], 3, cfg.seed)
     for step in range(10):
-        losses, margins = [], []
-        for i in [*order[2 * step], *order[2 * step + 1]]:
-            prompt, chosen, rejected = pairs[i]
-            with torch.no_grad():
-                ref_gap = hf_logps(ref, encoding, prompt, chosen) - hf_logps(ref, encoding, prompt, rejected)
-            h = hf_logps(policy, encoding, prompt, chosen) - hf_logps(policy, encoding, prompt, rejected) - ref_gap
-            losses.append(torch.log1p(torch.exp(-0.1 * h)))   # -log sigmoid
-            margins.append(0.1 * h.item())
+        losses, margins, norms = [], [], []
+        for k in (0, 1):
+            for i in order[2 * step + k]:
+                prompt, chosen, rejected = pairs[i]
+                with torch.no_grad():
+                    ref_gap = hf_logps(ref, encoding, prompt, chosen) - hf_logps(ref, encoding, prompt, rejected)
+                h = hf_logps(policy, encoding, prompt, chosen) - hf_logps(policy, encoding, prompt, rejected) - ref_gap
+                losses.append(torch.log1p(torch.exp(-0.1 * h)))   # -log sigmoid
+                (losses[-1] / (6 if optimizer == "adamw" else 3)).backward()   # Lion-PMA steps on each micro-batch's own mean
+                margins.append(0.1 * h.item())
+            if k == 1 or optimizer == "lion-pma":
+                norms.append(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in policy.parameters()])).item())
+            if optimizer == "lion-pma":
+                lion_pma_step(policy.parameters(), 2 * step + k, 2, lr)
         loss = torch.stack(losses).mean()
-        loss.backward()
         # fp32 sums of log-probabilities near -100 are known to about 1e-5, and AdamW amplifies rounding from step to step
         assert ours[step]["train_loss"] == pytest.approx(loss.item(), abs=5e-4)
         assert ours[step]["train_margin"] == pytest.approx(sum(margins) / 6, abs=1e-3)
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in policy.parameters()]))
-        assert ours[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)   # AdamW alone would not notice a wrong scale
-        adamw.step()
-        adamw.zero_grad()
+        assert ours[step]["grad_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-2)   # updates do not show a wrong scale
+        if optimizer == "adamw":
+            adamw.step()
+            adamw.zero_grad()
     assert ours[-1]["train_margin"] > 0.05   # it moved, so the comparison meant something
 
 

@@ -57,12 +57,30 @@ def run_flags(monkeypatch, *flags):
 
 # ---- oracle --------------------------------------------------------------------------------------------------------------
 
-def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path, no_pictures):
-    """Full logits, labels of -100 on the prompt, torch's unfused AdamW: written without our losses, loader or schedule."""
+def pma_step(parameters, t, K, lr, b1=0.9, b2=0.99, decay=0.1):
+    """AdamW-PMA, 001_..., algorithm 1, as optim.py's docstring has it."""
+    tau, n, large = t % K, t // K + 1, t > 0 and t % K == 0
+    for p in parameters:
+        g, m, v = p.grad, getattr(p, "m", 0), getattr(p, "v", 0)
+        if large:
+            m, v, lr_t = b1 * m + (1 - b1) * g / K, b2 * v + (1 - b2) * g ** 2 / K, lr
+        else:
+            m, v, lr_t = (tau * m + (1 - b1) * g) / (tau + 1), (tau * v + (1 - b2) * g ** 2) / (tau + 1), lr / K ** 0.5
+        with torch.no_grad():
+            p *= 1 - lr_t * (decay if p.dim() == 2 else 0)
+            p -= lr_t * (m / (1 - b1 ** n)) / ((v / (1 - b2 ** n)) ** 0.5 + 1e-8)
+        p.m, p.v, p.grad = (K * m, K * v, None) if large else (m, v, None)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-pma"])
+def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path, no_pictures, optimizer):
+    """Full logits, labels of -100 on the prompt, torch's unfused AdamW or PMA's equations: written without our losses, loader,
+    schedule or optimizers. Both see each micro-batch's loss as its share, by tokens, of the step's mean."""
     gpt.torch.manual_seed(5)
     start = gpt.load("mini")
     gpt.export(start, tmp_path / "hf")
-    cfg = replace(TINY, init=str(tmp_path / "hf"), out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0)
+    cfg = replace(TINY, init=str(tmp_path / "hf"), out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0,
+                  optimizer=optimizer)
     train_sft.main(cfg)
     ours = [(e["train_loss"], e["grad_norm"]) for e in metrics(cfg.out) if "train_loss" in e]
 
@@ -74,19 +92,31 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path, no_pictures):
     pairs = data.load_pairs("minihh")[0]["train"]
     encoding = data.tokenizer(2048)
     order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, cfg.seed)
+
+    def ids(i):
+        return encoding.encode(pairs[i].prompt), encoding.encode(pairs[i].prompt + pairs[i].chosen) + [2047]
+
+    def gradient_norm():
+        return torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in hf.parameters()])).item()
+
     for step in range(10):
-        nll, scored = 0.0, 0
-        for i in [*order[2 * step], *order[2 * step + 1]]:   # one dialogue at a time: no padding, no batching
-            prompt, whole = encoding.encode(pairs[i].prompt), encoding.encode(pairs[i].prompt + pairs[i].chosen) + [2047]
-            labels = torch.tensor([-100] * len(prompt) + whole[len(prompt):])
-            logits = hf(torch.tensor([whole])).logits[0]
-            nll = nll + torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-            scored += len(whole) - len(prompt)
-        (nll / scored).backward()
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in hf.parameters()]))
-        theirs.append(((nll / scored).item(), norm.item()))
-        adamw.step()
-        adamw.zero_grad()
+        scored = sum(len(whole) - len(prompt) for k in (0, 1) for prompt, whole in map(ids, order[2 * step + k]))
+        total, norms = 0.0, []
+        for k in (0, 1):
+            for prompt, whole in map(ids, order[2 * step + k]):   # one dialogue at a time: no padding, no batching
+                labels = torch.tensor([-100] * len(prompt) + whole[len(prompt):])
+                logits = hf(torch.tensor([whole])).logits[0]
+                nll = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / scored
+                (nll if optimizer == "adamw" else 2 * nll).backward()
+                total += nll.item()
+            if optimizer == "adamw-pma":
+                norms.append(gradient_norm())
+                pma_step(hf.parameters(), 2 * step + k, 2, 1e-3)
+        if optimizer == "adamw":
+            norms.append(gradient_norm())
+            adamw.step()
+            adamw.zero_grad()
+        theirs.append((total, sum(norms) / len(norms)))
     # AdamW divides by the gradient's size, so rounding in tiny gradients grows over the steps; a wrong mask is off by 0.1 at once
     assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], abs=2e-4)
     assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-2)   # AdamW hides a wrong scale
@@ -98,6 +128,8 @@ def test_counters_by_hand(tmp_path, no_pictures):
     """3 steps of 2 micro-batches of 4 are 24 dialogues; the first loss of random weights is near log 2048 = 7.62."""
     final = train_sft.main(replace(TINY, steps=3, out=str(tmp_path / "run")))
     assert (final["step"], final["updates"], final["micro_step"], final["samples"]) == (3, 3, 6, 24)
+    final = train_sft.main(replace(TINY, steps=3, out=str(tmp_path / "pma"), optimizer="adamw-pma"))   # an update a micro-batch
+    assert (final["step"], final["updates"], final["micro_step"], final["samples"]) == (3, 6, 6, 24)
     first = metrics(tmp_path / "run")[0]
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(math.log(2048), abs=0.5)
 
@@ -111,9 +143,10 @@ def test_steps_come_from_epochs(tmp_path):
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop_at", [5, 7])   # on an evaluation and between two
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at):
-    cfg = replace(TINY, dropout=0.1)   # dropout on: the random state must come back too
+@pytest.mark.parametrize("stop_at, optimizer", [(5, "adamw"), (7, "adamw"), (7, "lion-pma"), (7, "agma-perturb")])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at, optimizer):
+    """Stopped on an evaluation and between two. (Within a period, after a skipped step: tests/test_optim.py.)"""
+    cfg = replace(TINY, dropout=0.1, optimizer=optimizer, variance_every=3)   # dropout on: the random state must come back too
     train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
     cut = replace(cfg, out=str(tmp_path / "cut"))
     train_sft.main(replace(cut, stop_at=stop_at))
@@ -164,8 +197,9 @@ def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
     assert process.wait(timeout=60) == 130 and "--resume" in rest
     step = read_checkpoint(out / "last.pt")["at"]["step"]
     assert 3 <= step < 400
-    with pytest.raises(InputError, match="--micro-batch was 2, now 3"):
-        train_sft.runs.parse(train_sft.Config, ["--out", str(out), "--resume", "--micro-batch", "3"])
+    for flag, value, was in (("--micro-batch", "3", 2), ("--optimizer", "lion", "adamw"), ("--accumulate", "8", 1)):
+        with pytest.raises(InputError, match=f"{flag} was {was}, now {value}"):
+            train_sft.runs.parse(train_sft.Config, ["--out", str(out), "--resume", flag, value])
     cfg = train_sft.runs.parse(train_sft.Config, ["--out", str(out), "--resume", "--stop-at", str(step + 1)])
     assert cfg.micro_batch == 2 and train_sft.main(cfg)["step"] == step + 1
 
@@ -183,6 +217,9 @@ def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
     (["--micro-batch", "0"], "--micro-batch: expected at least 1, found 0"),
     (["--optimizer", "sophia"], "no optimizer 'sophia'"),
     (["--betas", "0.9"], "adamw takes 2 numbers"),
+    (["--optimizer", "lion-pma", "--betas", "0.9,1"], "lion-pma takes 2 numbers in [0, 1), found (0.9, 1.0)"),
+    (["--accumulate", "0"], "--accumulate: expected at least 1, found 0"),
+    (["--variance-every", "0"], "--variance-every: expected at least 1, found 0"),
     (["--betas", "0.9,x"], "expected numbers with commas"),
     (["--device", "abacus"], "--device abacus"),
     (["--block-size", "4096"], "block_size 4096"),
