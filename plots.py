@@ -1,30 +1,53 @@
 """
-Pictures of a run, drawn from its metrics.jsonl alone.
+Pictures of a run, drawn from its metrics.jsonl alone, and comparisons of several.
 
-    python plots.py runs/dpo        # loss.png and accuracy.png again
+    python plots.py runs/dpo                                 # its pictures again
+    python plots.py compare runs/adamw-s* runs/lion-s* --x samples --baseline adamw --out results
 
-Training is thin, held-out data solid, a baseline dashed with its number in the legend.
+compare groups the runs that differ in their seed alone, draws mean and range over seeds against samples, updates, flops or
+seconds, and prints and saves each group's speedup over the baseline: compare.png, compare.json, and compare-variance.png where
+runs were probed (--variance-every).
+
+Training is thin, held-out data solid, a baseline dashed with its number in the legend; an optimizer has one colour everywhere.
 """
+import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 TRAIN, HELD_OUT, CHOSEN, REJECTED, BASELINE = "#9aa5b1", "#1f5fa8", "#2a8f5b", "#c8553d", "#555555"
+COLORS = {
+    "sgd": "#8c8c8c", "momentum": "#8a5a3b", "nesterov": "#c49a6c", "adam": "#7fb2e5", "adamw": "#1f5fa8",
+    "adamw-noaccum": "#6a3d9a", "adamw-pma-schedule": "#b39ddb", "adamw-pma": "#d62728", "adamw-pma-norescale": "#f4a6a0",
+    "agma": "#e8890c", "agma-linear": "#f2b866", "agma-sgd": "#b8860b", "agma-decay": "#d9c36a", "agma-perturb": "#a65e2e",
+    "lion": "#2a8f5b", "lion-pma": "#86c440"}
 
 
 def draw(folder):
-    """loss.png and accuracy.png of the run in `folder`."""
+    """The pictures of the run in `folder`: loss.png, accuracy.png, and variance.png where it was probed."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config, events = read(folder)
     if any("val_dpo_loss" in e for e in events):
         dpo_loss(events, config, folder / "loss.png")
     else:
         sft_loss(events, config, folder / "loss.png")
     accuracy(events, config, folder / "accuracy.png")
+    if any("update_variance" in e for e in events):
+        variance([(config["flags"]["optimizer"], COLORS[config["flags"]["optimizer"]], "-", [events])], folder / "variance.png")
+
+
+def read(folder):
+    """(config, events) of a run."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    events = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    if "optimizer" not in config.get("flags", {}) or not any("val_logp_accuracy" in e for e in events):
+        raise ValueError(f"{folder} is not a training run with an evaluation")
+    return config, events
 
 
 def series(events, key):
@@ -32,19 +55,19 @@ def series(events, key):
     return zip(*found) if found else ((), ())
 
 
-def canvas(columns=1):
-    figure = Figure(figsize=(6.4 if columns == 1 else 4.6 * columns, 4), layout="constrained")
+def canvas(columns=1, height=4):
+    figure = Figure(figsize=(6.4 if columns == 1 else 4.6 * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def finish(axis, x, y, **legend):
+def finish(axis, x, y, legend=True, **where):
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8, **legend)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8, **where)
 
 
 def baseline(axis, y, name, style="--"):
@@ -108,13 +131,191 @@ def accuracy(events, config, path):
     figure.savefig(path, dpi=110)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        print("usage: python plots.py RUN ...", file=sys.stderr)
-        sys.exit(2)
-    for folder in sys.argv[1:]:
-        try:
+def variance(groups, path):
+    """What the probes found, log axes: groups of (label, colour, line style, list of runs' events).
+
+    Left and middle: the update, at every tau of a period where there are several: a line each for the first and the last tau, a
+    band between the extremes. Right: the displacement of a whole period, relative to its mean square: the one that compares
+    fairly, since at a single tau PMA and AGMA give the newest gradient a small weight by construction.
+    """
+    figure, axes = canvas(3, height=5)
+    loss = "training loss (log axis)"
+    for label, color, style, runs in groups:
+        probes = [average(same) for same in zip(*([e for e in events if "update_variance" in e] for events in runs))]
+        for axis, x in zip(axes, ("seconds", "probe_loss", "probe_loss")):
+            probes.sort(key=lambda p: p[x])
+            xs, by_tau = [p[x] for p in probes], list(zip(*(p["update_variance"] for p in probes)))
+            if axis is axes[2]:
+                axis.plot(xs, [p["displacement_variance_relative"] for p in probes], style, color=color, marker=".")
+                continue
+            lowest, highest = ([f(p["update_variance"]) for p in probes] for f in (min, max))
+            axis.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
+            last = len(by_tau) - 1
+            axis.plot(xs, by_tau[0], style, color=color, marker=".", label=f"{label}, tau = 0" if last else label)
+            if last:
+                axis.plot(xs, by_tau[-1], style, color=color, marker="x", linewidth=0.8, label=f"{label}, tau = {last}")
+    for axis, x, y in zip(axes, ("seconds of training", loss, loss), ("variance of the update u", "variance of the update u",
+                                                                      "relative variance of a period's displacement")):
+        axis.set_yscale("log")
+        if x == loss:
+            axis.set_xscale("log")
+            axis.invert_xaxis()   # time runs to the right in all three
+            axis.xaxis.set_major_locator(FixedLocator([10, 7, 5, 3, 2, 1.5, 1, 0.7, 0.5, 0.4, 0.3, 0.2]))
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        finish(axis, x, y, legend=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def average(events):
+    """Of the same step's probe in several runs: the mean of every number, tau by tau."""
+    return {key: [statistics.fmean(v) for v in zip(*(e[key] for e in events))] if isinstance(value, list)
+            else statistics.fmean(e[key] for e in events) for key, value in events[0].items()}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several runs
+
+COSTS = {"samples": "examples seen", "updates": "updates of the weights", "flops": "FLOPs", "seconds": "seconds of training"}
+
+
+def grouped(runs):
+    """[(config, events), ...] -> {label: {seed: (config, events)}}. A label is the optimizer, and what differs among its runs."""
+    labels, all_flags = {}, [config["flags"] for config, _ in runs]
+    for config, events in runs:
+        flags = config["flags"]
+        same = [other for other in all_flags if other["optimizer"] == flags["optimizer"]]
+        differ = [key for key in flags if key not in ("seed", "out", "overwrite", "resume", "stop_at")
+                  and any(other.get(key) != flags[key] for other in same)]
+        label = ", ".join([flags["optimizer"], *(f"{key.replace('_', ' ')} {flags[key]}" for key in differ)])
+        group = labels.setdefault(label, {})
+        if flags["seed"] in group:
+            raise ValueError(f"two runs of {label} with seed {flags['seed']}, in {flags['out']} the second")
+        group[flags["seed"]] = config, events
+    return labels
+
+
+def curve(events, x, key):
+    """[(cost, lowest value so far), ...] over a run's evaluations."""
+    points, lowest = [], float("inf")
+    for e in events:
+        if key in e:
+            lowest = min(lowest, e[key])
+            points.append((e[x], lowest))
+    return points
+
+
+def cost_to_reach(points, level):
+    """The cost at which a curve is first at `level`, on the straight line between evaluations; None if it never is."""
+    for (x, y), (next_x, next_y) in zip(points, points[1:]):
+        if y <= level:
+            return x
+        if next_y <= level:
+            return x + (next_x - x) * (y - level) / (y - next_y)
+    return points[-1][0] if points[-1][1] <= level else None
+
+
+def speedup(baseline, candidate):
+    """(cost of the baseline / cost of the candidate) to the lowest loss that both reach, and which of the two ("baseline",
+    "candidate" or "") never reaches the other's lowest."""
+    lowest = baseline[-1][1], candidate[-1][1]
+    level = max(lowest)
+    costs = [cost_to_reach(points, level) for points in (baseline, candidate)]
+    short = "" if lowest[0] == lowest[1] else "baseline" if lowest[0] > lowest[1] else "candidate"
+    return (costs[0] / costs[1] if costs[1] else float("nan")), short
+
+
+def loss_key(events):
+    return "val_dpo_loss" if any("val_dpo_loss" in e for e in events) else "val_loss"
+
+
+def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
+    """Draw compare.png (one panel for each cost in xs) and compare-variance.png (of the labels in `noisy`, or all), save
+    compare.json, return its contents. labelled: {label: {seed: (config, events)}}."""
+    if baseline not in labelled:
+        raise ValueError(f"no runs of the baseline {baseline!r} among {', '.join(labelled)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = loss_key(next(iter(labelled[baseline].values()))[1])
+    table = {"loss": key, "baseline": baseline, "runs": {}}
+    figure, axes = canvas(len(xs))
+    styles = {}
+    for label, runs in labelled.items():
+        optimizer = next(iter(runs.values()))[0]["flags"]["optimizer"]
+        style = styles.setdefault(optimizer, iter(("-", "--", ":", "-.") * 9))
+        drawn = COLORS[optimizer], next(style)
+        row = table["runs"][label] = {"color": drawn[0], "style": drawn[1], "seeds": sorted(runs),
+                                      "lowest": [curve(runs[s][1], "samples", key)[-1][1] for s in sorted(runs)]}
+        both = sorted(set(runs) & set(labelled[baseline]))
+        for x in COSTS:
+            ratios = [speedup(curve(labelled[baseline][s][1], x, key), curve(runs[s][1], x, key)) for s in both]
+            row[f"speedup_{x}"] = [ratio for ratio, _ in ratios]
+            row["fell_short"] = [side for _, side in ratios]
+        for axis, x in zip(axes, xs):
+            points = [[(e[x], e[key]) for e in events if key in e] for _, events in runs.values()]
+            length = min(map(len, points))
+            cost = [statistics.fmean(p[i][0] for p in points) for i in range(length)]
+            ys = [[p[i][1] for p in points] for i in range(length)]
+            axis.fill_between(cost, list(map(min, ys)), list(map(max, ys)), color=drawn[0], alpha=0.15, linewidth=0)
+            axis.plot(cost, list(map(statistics.fmean, ys)), drawn[1], color=drawn[0], label=f"{label} (n = {len(runs)})")
+    for axis, x in zip(axes, xs):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        finish(axis, COSTS[x], f"held-out {'DPO loss' if key == 'val_dpo_loss' else 'loss'} (log axis)")
+    axes[0].set_title(f"{title}mean and range over seeds", fontsize=10)
+    figure.savefig(folder / "compare.png", dpi=110)
+    probed = [(label, table["runs"][label]["color"], table["runs"][label]["style"], events) for label, runs in labelled.items()
+              if (noisy is None or label in noisy)
+              and (events := [e for _, e in runs.values() if any("update_variance" in event for event in e)])]
+    if probed:
+        variance(probed, folder / "compare-variance.png")
+    (folder / "compare.json").write_text(json.dumps(table, indent=1))
+    return table
+
+
+def as_text(table, x="samples"):
+    """The table for a terminal or a README: a row a label."""
+    lines = [f"| | n | lowest held-out loss: mean [range] | speedup over {table['baseline']} in {x}: median [range] | never "
+             "reaches the other's lowest |", "| --- | --- | --- | --- | --- |"]
+    for label, row in table["runs"].items():
+        low, fast = row["lowest"], row[f"speedup_{x}"]
+        short = {side: row["fell_short"].count(side) for side in ("baseline", "candidate") if side in row["fell_short"]}
+        ranged = f"{statistics.median(fast):.2f} [{min(fast):.2f}, {max(fast):.2f}]" if fast else "no seed in common"
+        if len(fast) == 1:
+            ranged = f"{fast[0]:.2f} (one seed)"
+        names = {"baseline": table["baseline"], "candidate": label}
+        who = ", ".join(f"{names[side]} {n} of {len(fast)}" for side, n in short.items())
+        lowest = f"{statistics.fmean(low):.4f} [{min(low):.4f}, {max(low):.4f}]"
+        lines.append(f"| {label} | {len(low)} | {lowest} | {ranged} | {who} |")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; -h lists the flags")
+
+
+def main(arguments):
+    parser = Parser(prog="plots.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if arguments[:1] == ["compare"]:
+        parser.add_argument("command", choices=["compare"])
+        parser.add_argument("runs", nargs="+")
+        parser.add_argument("--x", choices=COSTS, default="samples")
+        parser.add_argument("--baseline", default="adamw", help="a label: an optimizer, and what differs among its runs")
+        parser.add_argument("--out", default=".", help="folder of compare.png and compare.json")
+        options = parser.parse_args(arguments)
+        table = compare(grouped([read(folder) for folder in options.runs]), options.baseline, options.out, [options.x])
+        print(as_text(table, options.x))
+    else:
+        parser.add_argument("runs", nargs="+")
+        for folder in parser.parse_args(arguments).runs:
             draw(folder)
-        except (OSError, ValueError, KeyError) as e:
-            print(f"error: {folder} is not a run that can be drawn ({e})", file=sys.stderr)
-            sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -29,7 +29,8 @@ def folder(path, events, **flags):
     path.mkdir(exist_ok=True)
     (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     (path / "config.json").write_text(json.dumps({"val_pairs": 400, "baseline_longer_wins": 0.49, "baseline_unigram_loss": 5.1,
-                                                  "flags": {"init": "mini", "data": "minihh", "loss_on": "response", **flags}}))
+                                                  "flags": {"init": "mini", "data": "minihh", "loss_on": "response", "seed": 1,
+                                                            "optimizer": "adamw", "out": str(path), **flags}}))
     return path
 
 
@@ -38,8 +39,8 @@ def drawn(monkeypatch):
     """Keeps every figure that plots draws."""
     figures, real = [], plots.canvas
 
-    def keep(columns=1):
-        figure, axes = real(columns)
+    def keep(*size, **options):
+        figure, axes = real(*size, **options)
         figures.append(figure)
         return figure, axes
     monkeypatch.setattr(plots, "canvas", keep)
@@ -85,6 +86,77 @@ def test_dpo_pictures_show_these_numbers(tmp_path, drawn):
     assert "Two negative rewards are no bug" in accuracy.get_supxlabel()
 
 
+# ---- several runs: worked by hand -----------------------------------------------------------------------------------------
+
+def run(losses, cost=10, updates=1):
+    """Evaluations every `cost` examples."""
+    return [{"step": i, "samples": i * cost, "updates": i * updates, "flops": 2.0 * i * cost, "seconds": 1.0 * i,
+             "val_loss": loss, "val_logp_accuracy": 0.5} for i, loss in enumerate(losses)]
+
+
+def test_the_cost_to_reach_a_level():
+    """Falling from 4 to 2 over 10 examples, up to 3, then to 1: the running minimum is 4, 2, 2, 1."""
+    points = plots.curve(run([4, 2, 3, 1]), "samples", "val_loss")
+    assert points == [(0, 4), (10, 2), (20, 2), (30, 1)]
+    assert [plots.cost_to_reach(points, level) for level in (5, 4, 3, 2, 1.5, 1, 0.9)] == [0, 0, 5, 10, 25, 30, None]
+    assert plots.cost_to_reach([(0, 4)], 4) == 0 and plots.cost_to_reach([(0, 4)], 3) is None
+
+
+def test_speedup_at_the_lowest_level_that_both_reach():
+    slow, fast = [(0, 4.0), (10, 3.0), (20, 2.0)], [(0, 4.0), (10, 2.0), (20, 1.0)]
+    assert plots.speedup(slow, fast) == (2.0, "baseline")       # 2.0 after 20 and after 10; the slow one never reaches 1.0
+    assert plots.speedup(fast, slow) == (0.5, "candidate")
+    assert plots.speedup(slow, slow) == (1.0, "")
+
+
+def test_compare_by_hand(tmp_path, drawn):
+    """Two seeds of AdamW; AdamW-PMA reaches their lowest in half of and in two thirds of the examples, with twice the updates."""
+    runs = [plots.read(folder(tmp_path / f"{name}{seed}", run(losses, updates=updates), optimizer=name, seed=seed))
+            for name, seed, losses, updates in [("adamw", 1, [4, 3, 2], 1), ("adamw", 2, [4, 3, 2.5, 2], 1),
+                                                ("adamw-pma", 1, [4, 2, 1], 2), ("adamw-pma", 2, [4, 3, 2], 2)]]
+    table = plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
+    pma = table["runs"]["adamw-pma"]
+    assert pma["speedup_samples"] == pytest.approx([2, 1.5]) and pma["speedup_updates"] == pytest.approx([1, 0.75])
+    assert pma["speedup_flops"] == pma["speedup_seconds"] == pma["speedup_samples"]   # both go with the examples here
+    assert pma["lowest"] == [1, 2] and pma["fell_short"] == ["baseline", ""]
+    assert table["runs"]["adamw"]["speedup_samples"] == [1, 1]
+    assert json.loads((tmp_path / "out/compare.json").read_text()) == table
+    figure, = drawn
+    shown = lines(figure.axes[0])
+    assert shown["adamw (n = 2)"] == ([0, 10, 20], [4, 3, 2.25]) and shown["adamw-pma (n = 2)"] == ([0, 10, 20], [4, 2.5, 1.5])
+    text = plots.as_text(table).splitlines()[-1]
+    assert text == "| adamw-pma | 2 | 1.5000 [1.0000, 2.0000] | 1.75 [1.50, 2.00] | adamw 1 of 2 |"
+
+
+def test_runs_are_grouped_by_what_differs(tmp_path):
+    """The two learning rates of AdamW are two groups; Lion has one, whose label needs no rate."""
+    runs = [plots.read(folder(tmp_path / f"{name}{lr}{seed}", run([4, 3]), optimizer=name, seed=seed, lr=lr))
+            for name, seed, lr in [("adamw", 1, 0.1), ("adamw", 2, 0.1), ("adamw", 1, 0.2), ("lion", 1, 0.01)]]
+    assert {label: sorted(group) for label, group in plots.grouped(runs).items()} == {
+        "adamw, lr 0.1": [1, 2], "adamw, lr 0.2": [1], "lion": [1]}
+    with pytest.raises(ValueError, match="two runs of lion with seed 1"):
+        plots.grouped([*runs, runs[-1]])
+    with pytest.raises(ValueError, match="no runs of the baseline 'adamw' among adamw, lr 0.1"):
+        plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
+
+
+def test_variance_picture_shows_these_numbers(tmp_path, drawn):
+    probe = {"step": 0, "samples": 0, "seconds": 1.0, "probe_loss": 3.0, "displacement_variance_relative": 0.25,
+             "update_variance": [0.5, 0.25, 0.125]}
+    plots.draw(folder(tmp_path / "run", [SFT[0], probe, {**probe, "seconds": 2.0, "probe_loss": 2.0}], optimizer="lion-pma"))
+    time, loss, period = drawn[-1].axes
+    assert lines(time)["lion-pma, tau = 0"] == ([1.0, 2.0], [0.5, 0.5]) and lines(loss)["lion-pma, tau = 2"][1] == [0.125, 0.125]
+    assert [list(xy) for xy in period.get_lines()[0].get_data()] == [[2.0, 3.0], [0.25, 0.25]]   # in the order of the loss
+    assert [axis.get_yscale() for axis in (time, loss, period)] == ["log"] * 3 and loss.xaxis_inverted()
+    assert (tmp_path / "run/variance.png").is_file()
+
+
+def test_probes_of_several_seeds_are_averaged():
+    assert plots.average([{"step": 5, "update_variance": [1.0, 3.0], "probe_loss": 1.0},
+                          {"step": 5, "update_variance": [2.0, 5.0], "probe_loss": 2.0}]) == {
+        "step": 5, "update_variance": [1.5, 4.0], "probe_loss": 1.5}
+
+
 # ---- properties -------------------------------------------------------------------------------------------------------------
 
 def test_a_cdpo_picture_leaves_out_the_training_loss_that_does_not_compare(tmp_path, drawn):
@@ -109,3 +181,22 @@ def test_command_line(tmp_path):
     assert subprocess.run([sys.executable, script, str(run)]).returncode == 0 and (run / "loss.png").is_file()
     bad = subprocess.run([sys.executable, script, str(tmp_path / "none")], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+
+
+def test_one_colour_per_optimizer():
+    import optim
+    assert plots.COLORS.keys() == optim.OPTIMIZERS.keys() and len(set(plots.COLORS.values())) == len(plots.COLORS)
+
+
+def test_compare_on_the_command_line(tmp_path):
+    script = str(Path(plots.__file__))
+    runs = [str(folder(tmp_path / name, run([4, 3, 2]), optimizer=name)) for name in ("adamw", "lion")]
+    done = subprocess.run([sys.executable, script, "compare", *runs, "--x", "updates", "--out", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "| lion | 1 | 2.0000 [2.0000, 2.0000] | 1.00 (one seed) |  |" in done.stdout
+    assert (tmp_path / "compare.png").is_file() and not (tmp_path / "compare-variance.png").exists()
+    for arguments, message in ((["compare", runs[1]], "no runs of the baseline 'adamw' among lion"), ([], "required: runs"),
+                               (["compare", *runs, "--x", "hours"], "invalid choice"),
+                               (["compare", str(tmp_path)], "config.json")):
+        bad = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
