@@ -1,0 +1,326 @@
+"""
+Do periodical averages beat gradient accumulation? Nine optimizers, SFT and DPO on minihh, 8 micro-batches a step, five seeds.
+
+    python -m studies.optimizers                 # everything: about 2 hours on 2 cores
+    python -m studies.optimizers --minutes 30    # a piece of it: starts nothing new after 30 minutes; call it again to go on
+    python -m studies.optimizers --report        # tables and pictures of what is there
+    python -m studies.optimizers --results DIR   # anew: what is in results/optimizers is not made again
+
+Every run is a call of train_sft.py or train_dpo.py on one thread, two at a time, in a folder under runs/optimizers. Stopped
+(Ctrl-C, a crash), it goes on where it was. DIR gets runs.jsonl (the evaluations and probes of every run), tables.md and pictures.
+
+1. Learning rates. One lattice, 3e-3 times powers of 1.5, for all. Each method tries three rates 2.25 apart, up to two more while
+   the best of them is the outermost, then the two next to the best, 1.5 away, and once more where that made another the best;
+   at half length, seed 1, and the lowest loss on *valid* wins.
+2. Comparison. Each method at its own rate, and AdamW and Lion with accumulation at the rates that move as far in a period as
+   AdamW-PMA and Lion-PMA do where noise dominates (MATCHED); five seeds, read on *test*.
+3. K. AdamW and AdamW-PMA at their rates for K = 8, with K = 1, 2, 4, 16, 32, equal samples, half length, three seeds, on test.
+   K = 8 is the first half of 2.; at K = 1 the two are one (tests/test_optim.py).
+
+A constant rate after 20 steps of warm-up, no weight decay (it means other things to SGD than to AdamW) and no clipping.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import minihh
+import plots
+
+HERE = Path(__file__).parent.parent
+RUNS = Path("runs/optimizers")   # under HERE
+K, STEPS, SEEDS = 8, 416, 5
+
+
+class Task(NamedTuple):
+    script: str
+    flags: list        # 4 dialogues a micro-batch in either task
+    loss: str          # the one that counts
+    every: int         # steps between evaluations on test: where the loss is lowest early, it takes many
+    middle: dict       # of each family's first three rates, as a power of 1.5
+
+
+TASKS = {"sft": Task("train_sft.py", ["--micro-batch", 4], "val_loss", 52, {"adam": 0, "lion": -6, "sgd": 11}),
+         "dpo": Task("train_dpo.py", ["--micro-batch", 2, "--init", f"{RUNS}/start"], "val_dpo_loss", 16,
+                     {"adam": -11, "lion": -17, "sgd": -6})}
+METHODS = {"adamw": "adam", "adamw-pma": "adam", "agma": "adam", "adamw-noaccum": "adam", "lion": "lion", "lion-pma": "lion",
+           "momentum": "sgd"}
+# matched to -> (optimizer, factor): how much farther a period of the first goes than one accumulated step of the second
+MATCHED = {"adamw-pma": ("adamw", sum(j ** -0.5 for j in range(1, K + 1)) / math.sqrt(K)), "lion-pma": ("lion", 2 - 1 / K)}
+
+
+def rate(power):
+    return float(f"{3e-3 * 1.5 ** power:.3g}")
+
+
+class Lab:
+    """Starts runs, at most until a deadline, and keeps what they found: {name: {"flags": ..., "events": ...} or {"failed": why}},
+    a line each of runs.jsonl in the results' folder."""
+
+    def __init__(self, results, minutes=math.inf):
+        self.file, self.deadline = HERE / results / "runs.jsonl", time.time() + 60 * minutes
+        self.stop, self.children, self.lock = threading.Event(), set(), threading.Lock()
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.found = {run.pop("name"): run for run in map(json.loads, lines)}
+
+    def run(self, name, script, *flags):
+        """What the run `name` found: made now if it is not there. None where the time is up before it is."""
+        if name not in self.found and not self.stop.is_set() and time.time() < self.deadline:
+            folder = HERE / RUNS / name
+            again = "--resume" if (folder / "last.pt").exists() else "--overwrite"
+            command = [sys.executable, script, "--out", f"{RUNS}/{name}", *map(str, flags), again]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE,
+                                     start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.children.add(child)
+            message = child.communicate()[1].strip()
+            self.children.discard(child)
+            if child.returncode == 0:
+                self.keep(name, summary(folder))
+                (folder / "last.pt").unlink()
+            elif child.returncode == 2 and "the loss is" in message:
+                self.keep(name, {"failed": message})
+            elif not self.stop.is_set():
+                raise RuntimeError(f"{' '.join(command)}: {message}")
+        return self.found.get(name)
+
+    def keep(self, name, run):
+        with self.lock:
+            self.found[name] = run
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a") as f:
+                f.write(json.dumps({"name": name, **run}) + "\n")
+        what = run.get("failed") or f"{run['events'][-1]['seconds']:.0f} s of training"
+        print(f"{time.strftime('%H:%M:%S')} {name}: {what}", flush=True)
+
+    def interrupt(self, *_):
+        self.stop.set()
+        for child in list(self.children):
+            child.send_signal(signal.SIGTERM)   # it writes a checkpoint
+
+    def map(self, function, jobs):
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda job: function(*job), jobs))
+
+
+KEPT = ("step", "micro_step", "samples", "updates", "flops", "seconds", "val_loss", "val_dpo_loss", "val_logp_accuracy",
+        "val_reward_accuracy", "probe_loss", "update_variance", "displacement_variance_relative", "displacement_rms")
+
+
+def summary(folder):
+    """Of a run's folder: what tells it apart, its evaluations and its probes, to 5 digits."""
+    def short(value):
+        if isinstance(value, list):
+            return [short(x) for x in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+    config, events = plots.read(folder)
+    return {"flags": {key: config["flags"][key] for key in ("optimizer", "lr", "seed", "accumulate", "steps")},
+            "events": [{key: short(e[key]) for key in KEPT if key in e} for e in events
+                       if "val_logp_accuracy" in e or "probe_loss" in e]}
+
+
+def training(lab, task, name, split, optimizer, lr, seed, steps=STEPS, k=K):
+    every = (TASKS[task].every if split == "test" else 26) * K // k   # at equal samples
+    probes = ["--variance-every", 52 if split == "test" else 104] if k == K and seed <= 2 else []
+    return lab.run(f"{task}/{name}", TASKS[task].script, *TASKS[task].flags, "--optimizer", optimizer, "--lr", lr, "--seed", seed,
+                   "--data", f"{RUNS}/train.jsonl,{RUNS}/{split}.jsonl", "--steps", steps, "--accumulate", k, "--schedule",
+                   "constant", "--warmup", 20 * K // k, "--weight-decay", 0, "--grad-clip", 0, "--eval-every", every,
+                   "--log-every", every, "--eval-answers", 0, *probes)
+
+
+def lowest(task, run):
+    """Its lowest held-out loss; infinite where it diverged."""
+    return min((e[TASKS[task].loss] for e in run.get("events", []) if TASKS[task].loss in e), default=math.inf)
+
+
+def search(lab, task, method):
+    """{rate: lowest loss on valid} of the rule above, or None where the time was up."""
+    tried = {}
+
+    def at(power):
+        if power not in tried:
+            name = f"grid/{method}-{rate(power):g}"
+            run = training(lab, task, name, "valid", method, rate(power), 1, STEPS // 2)
+            if run is None:
+                raise TimeoutError
+            tried[power] = lowest(task, run)
+        return tried[power]
+
+    middle = TASKS[task].middle[METHODS[method]]
+    try:
+        for power in (middle - 2, middle, middle + 2):
+            at(power)
+        for stride in (2, 2, 1, 1):
+            best = min(tried, key=tried.get)
+            if stride == 1:
+                at(best - 1)
+                at(best + 1)
+            elif best in (min(tried), max(tried)):
+                at(best - stride if best == min(tried) else best + stride)
+    except TimeoutError:
+        return None
+    return {rate(power): tried[power] for power in sorted(tried)}
+
+
+def chosen(grids):
+    """method -> its rate, and the matched ones: name -> (optimizer, rate)."""
+    best = {method: min(grid, key=grid.get) for method, grid in grids.items()}
+    runs = {method: (method, lr) for method, lr in best.items()}
+    return runs | {f"{base}-matched": (base, float(f"{factor * best[method]:.3g}")) for method, (base, factor) in MATCHED.items()}
+
+
+def work(lab):
+    """Whatever of the study is not there yet."""
+    (HERE / RUNS).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid", "test"):
+        pairs = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in minihh.examples(split)]
+        (HERE / RUNS / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    if not (HERE / RUNS / "start/best.pt").exists():
+        lab.found.pop("start", None)
+    if not lab.run("start", "train_sft.py", "--eval-answers", 0, "--data", f"{RUNS}/train.jsonl,{RUNS}/valid.jsonl"):
+        return
+    found = lab.map(search, [(lab, task, method) for task in TASKS for method in METHODS])
+    if None in found:
+        return
+    grids = {task: dict(zip(METHODS, found[i * len(METHODS):])) for i, task in enumerate(TASKS)}
+    for seed in range(1, SEEDS + 1):
+        lab.map(training, [(lab, task, f"test/{optimizer}-{lr:g}-s{seed}", "test", optimizer, lr, seed)
+                           for task in TASKS for optimizer, lr in chosen(grids[task]).values()])
+    lab.map(training, [(lab, task, f"k/{name}-{chosen(grids[task])[name][1]:g}-k{k}-s{seed}", "test", name,
+                        chosen(grids[task])[name][1], seed, STEPS * K // 2 // k, k)
+                       for seed in (1, 2, 3) for task in TASKS for k in (1, 2, 4, 16, 32)
+                       for name in ("adamw", "adamw-pma")[:1 if k == 1 else 2]])
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the report
+
+def report(lab):
+    text = []
+    for task in TASKS:
+        grids = {method: grid for method in METHODS if (grid := at_hand(lab, task, method))}
+        if len(grids) == len(METHODS):
+            text += [f"## {task.upper()}", "", *rates(task, grids), "", *shared_rate(lab, task, grids), ""]
+            groups = {name: events for name, (optimizer, lr) in chosen(grids).items()
+                      if (events := seeds(lab, f"{task}/test/{optimizer}-{lr:g}"))}
+            if "adamw" in groups:
+                text += [*comparison(lab, task, groups, chosen(grids)), "", *periods(lab, task, groups, chosen(grids)), ""]
+    lab.file.parent.mkdir(parents=True, exist_ok=True)
+    (lab.file.parent / "tables.md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+def at_hand(lab, task, method):
+    """{rate: lowest loss on valid}, of whatever was tried."""
+    return {float(name.rpartition("/")[2][len(method) + 1:]): lowest(task, run) for name, run in lab.found.items()
+            if re.fullmatch(rf"{task}/grid/{method}-[0-9].*", name)}
+
+
+def seeds(lab, name):
+    """{seed: (config, events)} of the finished runs, as plots.compare takes them."""
+    found = {seed: lab.found.get(f"{name}-s{seed}", {}) for seed in range(1, SEEDS + 1)}
+    return {seed: (run, run["events"]) for seed, run in found.items() if "events" in run}
+
+
+def rates(task, grids):
+    """The learning rates that were tried."""
+    lines = [f"Lowest {TASKS[task].loss} on valid, half length, seed 1; the chosen rate in bold.", "", "| | " +
+             "rate: loss |", "| --- | --- |"]
+    for method, grid in grids.items():
+        best = min(grid, key=grid.get)
+        tried = [f"{lr:g}: {loss:.4f}" if loss < math.inf else f"{lr:g}: diverges" for lr, loss in sorted(grid.items())]
+        tried = [f"**{text}**" if lr == best else text for lr, text in zip(sorted(grid), tried)]
+        edge = " (at the edge of what was tried)" if best in (min(grid), max(grid)) else ""
+        lines.append(f"| {method} | {', '.join(tried)}{edge} |")
+    return lines
+
+
+def shared_rate(lab, task, grids):
+    """The papers' protocol, read off the grid: two methods at one rate, one seed, and how far a period of each goes."""
+    lines = ["Both at the same rate (the papers' protocol), half length, valid split, **n = 1**.", "",
+             "| | against | rate | speedup in samples | displacement of a period, ratio |", "| --- | --- | --- | --- | --- |"]
+    for method, base in (("adamw-pma", "adamw"), ("agma", "adamw"), ("adamw-noaccum", "adamw"), ("lion-pma", "lion")):
+        for lr in sorted(set(grids[method]) & set(grids[base])):
+            one, two = (lab.found[f"{task}/grid/{name}-{lr:g}"].get("events") for name in (base, method))
+            if one and two:
+                ratio, _ = plots.speedup(*(plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)))
+                moved = [events_after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
+                lines.append(f"| {method} | {base} | {lr:g} | {ratio:.2f} | {moved[1] / moved[0]:.2f} |")
+    return lines
+
+
+def events_after_warmup(events):
+    return [e for e in events if "displacement_rms" in e and e["step"] > 20]
+
+
+def comparison(lab, task, groups, runs):
+    """Every method at its own rate."""
+    folder = lab.file.parent / task
+    table = plots.compare(groups, "adamw", folder, title=f"{task.upper()} on minihh, test split, K = {K}: ",
+                          noisy=("adamw", "adamw-pma", "adamw-noaccum", "agma"))
+    base = {seed: events for seed, (_, events) in groups["adamw"].items()}
+    lines = [f"{STEPS} steps of {K} micro-batches, each method at its own rate, test split; medians and means with [range] over "
+             "seeds.", "", plots.as_text(table), "",
+             "| | rate | a period moves, against adamw | last held-out accuracy | speedup in FLOPs | in seconds |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for name, by_seed in groups.items():
+        moved = [b["displacement_rms"] / a["displacement_rms"] for seed, (_, events) in by_seed.items() if seed in base
+                 for a, b in zip(events_after_warmup(base[seed]), events_after_warmup(events))]
+        accuracy = [events[-1].get("val_reward_accuracy", events[-1]["val_logp_accuracy"]) for _, events in by_seed.values()]
+        row = table["runs"][name]
+        row |= {"rate": runs[name][1], "moved_against_baseline": moved, "last_accuracy": accuracy}
+        lines.append(f"| {name} | {runs[name][1]:g} | {spread(moved)} | {spread(accuracy, 3)} | "
+                     f"{spread(row['speedup_flops'])} | {spread(row['speedup_seconds'])} |")
+    (folder / "compare.json").write_text(json.dumps(table, indent=1))
+    return lines
+
+
+def spread(values, digits=2):
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]" if values else ""
+
+
+def periods(lab, task, groups, runs):
+    """AdamW-PMA against AdamW at every K. K = 8 is the first half of the comparison's runs."""
+    half = STEPS * K // 2
+    lines = [f"K, at equal samples ({half} micro-batches), the rates of K = 8, test split, three seeds.", "",
+             "| K | adamw, lowest loss | adamw-pma, lowest loss | speedup of adamw-pma over adamw in samples |",
+             "| --- | --- | --- | --- |"]
+    for k in (1, 2, 4, 8, 16, 32):
+        pair = []
+        for name in ("adamw", "adamw-pma"):
+            base = "adamw" if k == 1 else name
+            found = seeds(lab, f"{task}/k/{base}-{runs[base][1]:g}-k{k}") if k != K else groups.get(name, {})
+            pair.append({seed: plots.curve([e for e in events if e["micro_step"] <= half], "samples", TASKS[task].loss)
+                         for seed, (_, events) in found.items() if seed <= 3})
+        if pair[0] and pair[1]:
+            ratios = [plots.speedup(pair[0][seed], pair[1][seed])[0] for seed in pair[0] if seed in pair[1]]
+            one, two = ([points[-1][1] for points in found.values()] for found in pair)
+            lines.append(f"| {k} | {spread(one, 4)} | {'the same' if k == 1 else spread(two, 4)} | "
+                         f"{'1 (equal by construction)' if k == 1 else spread(ratios)} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
+    parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
+    parser.add_argument("--results", default="results/optimizers", help="folder of the results")
+    options = parser.parse_args()
+    lab = Lab(options.results, options.minutes)
+    signal.signal(signal.SIGINT, lab.interrupt)
+    signal.signal(signal.SIGTERM, lab.interrupt)
+    if not options.report:
+        work(lab)
+    report(lab)
+
+
+if __name__ == "__main__":
+    main()
