@@ -209,7 +209,7 @@ class AGMA(AdamWPMA):
 
     small_lr    the small steps' rate: "sqrt" lr / sqrt(K), "linear" lr / K, "decay" lr / sqrt(K) (1 - tau/K)
     small_step  "adam" as above; "sgd": theta = (1 - lr_t lam) theta - lr_t m in small steps (m and not g is our choice)
-    perturb     after each large step theta += perturb lr N(0, 1), drawn from (seed, period) alone
+    perturb     after each large step theta += perturb lr N(0, 1), drawn from (seed, t, number of the group) alone
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, period=1, small_lr="sqrt", small_step="adam",
@@ -217,15 +217,17 @@ class AGMA(AdamWPMA):
         for value, known in ((small_lr, ("sqrt", "linear", "decay")), (small_step, ("adam", "sgd"))):
             if value not in known:
                 raise InputError(f"AGMA: expected one of {', '.join(known)}, found {value!r}")
+        if not 0 <= perturb < math.inf:
+            raise InputError(f"perturb: expected a finite number, at least 0, found {perturb}")
         Stepwise.__init__(self, params, lr, betas, weight_decay, eps=eps, period=period, small_lr=small_lr, small_step=small_step,
-                          perturb=perturb)
-        for i, group in enumerate(self.param_groups):
-            group["seed"] = (torch.initial_seed() if seed is None else seed) + i
+                          perturb=perturb, seed=torch.initial_seed() if seed is None else seed)
 
     def update(self, group, t, weights, params, grads, m, v):
         weights = super().update(group, t, weights, params, grads, m, v)
         if group["perturb"] and is_large(group, t):
-            generator = torch.Generator(params[0].device).manual_seed((group["seed"] + 1_000_003 * t) % 2 ** 63)
+            number = next(i for i, other in enumerate(self.param_groups) if other is group)
+            seed = (group["seed"] + 1_000_003 * t + 998_244_353 * number) % 2 ** 63
+            generator = torch.Generator(params[0].device).manual_seed(seed)
             for p in params:
                 noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
                 p.add_(noise, alpha=group["perturb"] * group["lr"])

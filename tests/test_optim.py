@@ -4,7 +4,7 @@ decay, the schedules of the learning rate, and clipping.
 
     python -m pytest -q tests/test_optim.py
 
-The oracles share no code with optim.py: each algorithm in float64 numpy as FORMULAS.md section 7 states it, torch's own AdamW,
+The oracles share no code with optim.py: each algorithm in float64 numpy as optim.py's docstrings state it, torch's own AdamW,
 and the package lion_pytorch.
 """
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 from files import InputError
@@ -538,6 +539,26 @@ def test_blocks_hold_every_element_once_in_order():
     assert [list(x) for x in optim.blocks([ps[2]], [ps[2]])] == [[[ps[2]], [ps[2]]]]   # a small tensor is not cut
 
 
+@pytest.mark.parametrize("kind", [AdamWPMA, AGMA, AdamWSchedule, Lion, LionPMA])
+def test_a_hundred_parameters_take_five_calls(kind):
+    """Calls into torch that compute something: on a GPU each is a kernel or a few, and a hundred kernels a call would be felt."""
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.calls += str(function).startswith("aten.") and str(function) != "aten.full.default"   # full: one number
+            return function(*args, **kwargs or {})
+
+    optimizer = with_period(kind, 4)([nn.Parameter(torch.randn(7)) for _ in range(100)], 0.1, weight_decay=0.1)
+    for _ in range(6):   # small steps and a large one; the first makes the state
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn(7)
+        Count.calls = 0
+        with Count():
+            optimizer.step()
+    assert 0 < Count.calls <= 5
+
+
 def test_lion_over_several_blocks():
     rng, shapes = np.random.default_rng(4), [(3,), (70, 9000), (4, 5)]
     x, kept = [rng.normal(size=shape) for shape in shapes], [{} for _ in shapes]
@@ -572,6 +593,7 @@ def test_without_a_gradient_decay_is_a_factor(name):
     (LionPMA, {"weight_decay": -0.1}, "^weight_decay"), (AdamWPMA, {"weight_decay": math.inf}, "^weight_decay"),
     (AdamWPMA, {"eps": -1e-8}, "^eps"), (AGMA, {"small_lr": "cubic"}, "sqrt, linear, decay, found 'cubic'"),
     (AGMA, {"small_step": "lion"}, "adam, sgd, found 'lion'"),
+    (AGMA, {"perturb": -0.1}, "^perturb"), (AGMA, {"perturb": math.inf}, "^perturb"),
 ])
 def test_wrong_numbers_are_refused(kind, wrong, message):
     with pytest.raises(InputError, match=message):
