@@ -31,14 +31,19 @@ class Stepwise(torch.optim.Optimizer):
     tensors = ("m",)
 
     def __init__(self, params, lr, betas, weight_decay, **options):
-        if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-            raise InputError(f"betas: expected two numbers in [0, 1), found {betas}")
-        if not (isinstance(options.get("period", 1), int) and options.get("period", 1) >= 1):
-            raise InputError(f"period: expected a whole number of micro-batches, at least 1, found {options['period']}")
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": options.get("eps", 0)}.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name}: expected a finite number, at least 0, found {value}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, **options})
+
+    def add_param_group(self, group):
+        """Also called for every group by __init__, so that a group's own values are checked too."""
+        values = {**self.defaults, **group}
+        if not (len(values["betas"]) == 2 and all(0 <= b < 1 for b in values["betas"])):
+            raise InputError(f"betas: expected two numbers in [0, 1), found {values['betas']}")
+        if not (isinstance(values.get("period", 1), int) and values.get("period", 1) >= 1):
+            raise InputError(f"period: expected a whole number of micro-batches, at least 1, found {values['period']}")
+        for name in ("lr", "weight_decay", "eps", "perturb"):
+            if not 0 <= values.get(name, 0) < math.inf:
+                raise InputError(f"{name}: expected a finite number, at least 0, found {values[name]}")
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -76,7 +81,7 @@ def is_large(group, t):
 
 
 def periodical(group, t, b, scale):
-    """PMA's moment (001_..., section 3.2): K gradients that weigh the same, where a moving average halves them in turn."""
+    """PMA's moment (001_..., section 3.2): a period's K gradients weigh the same, where a moving average fades the older ones."""
     if is_large(group, t):
         return b, (1 - b) / group["period"], scale
     tau = t % group["period"]
@@ -217,8 +222,6 @@ class AGMA(AdamWPMA):
         for value, known in ((small_lr, ("sqrt", "linear", "decay")), (small_step, ("adam", "sgd"))):
             if value not in known:
                 raise InputError(f"AGMA: expected one of {', '.join(known)}, found {value!r}")
-        if not 0 <= perturb < math.inf:
-            raise InputError(f"perturb: expected a finite number, at least 0, found {perturb}")
         Stepwise.__init__(self, params, lr, betas, weight_decay, eps=eps, period=period, small_lr=small_lr, small_step=small_step,
                           perturb=perturb, seed=torch.initial_seed() if seed is None else seed)
 
@@ -241,7 +244,7 @@ class AGMA(AdamWPMA):
 
     def denominator(self, group, t, r):
         if group["small_step"] == "sgd" and not is_large(group, t):
-            return 1e-20, 1.0   # 1e-20 sqrt(R) + 1 is 1
+            return 1e-20, 1.0   # so small that 1e-20 sqrt(R) + 1 is 1: divided by nothing, Adam's step is SGD's
         return super().denominator(group, t, r)
 
     def step_size(self, group, t):
@@ -327,6 +330,8 @@ def make(name, model, lr, betas, weight_decay, accumulate=1):
     """The optimizer `name` over the trainable parameters of a model, for steps of K = `accumulate` micro-batches. betas None: the
     optimizer's own. How many of the K its step() takes at a time: per_update(name, K)."""
     recipe = _recipe(name)
+    if accumulate < 1:
+        raise InputError(f"--accumulate: expected at least 1, found {accumulate}")
     betas = recipe.betas if betas is None else tuple(betas)
     if len(betas) != len(recipe.betas) or not all(0 <= b < 1 for b in betas):
         raise InputError(f"--betas: {name} takes {len(recipe.betas)} numbers in [0, 1), found {betas}")

@@ -57,7 +57,7 @@ class Config:
     weight_decay: float = 0.1                 # on matrices only
     schedule: Literal["constant", "linear", "cosine"] = "cosine"   # after the warm-up; the last two end at a tenth of --lr
     warmup: int = 0                           # steps of linear rise
-    grad_clip: float = 1.0                    # largest norm of a step's gradient; 0: no clipping
+    grad_clip: float = 1.0                    # largest norm of an update's gradient; 0: no clipping
     eval_every: int = 100                     # steps between evaluations; also at step 0 and at the end
     eval_samples: int = 200                   # validation pairs an evaluation looks at
     eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker

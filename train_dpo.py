@@ -167,10 +167,11 @@ def main(cfg):
             break
 
         step = run.at["step"]
-        if run.probe_due():
-            run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step]))
-        began = time.time()
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
+        if run.probe_due():
+            run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step],
+                                        cfg.grad_clip))
+        began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
         train_loss, train_margin, train_won, norms = 0.0, 0.0, 0.0, []
         for k, (loss, margin, won) in enumerate(micro_losses(batches), 1):

@@ -15,12 +15,15 @@ import copy
 import numpy as np
 import torch
 
+from files import InputError
 
-def measure(optimizer, block, losses, micro_batches, per_update, seed, samples=8):
+
+def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip=0.0, samples=8):
     """One probe. Changes nothing: not a parameter, gradient, moment, generator.
 
     block: the module that is looked at. losses(rng) -> an iterator over the losses of K = `micro_batches` drawn with rng, each
-    its share of their mean. per_update: how many of them one step() of the optimizer takes. seed: a list of integers. samples: M.
+    its share of their mean. per_update: how many of them one step() of the optimizer takes. seed: a list of integers. grad_clip:
+    the norm, over all of the optimizer's parameters, to which the gradient of a step() is clipped; 0: it is not. samples: M.
 
     -> a dict of floats, and for the update of lists of floats, one for each step() of a period (tau = 0, 1, ...):
 
@@ -33,8 +36,11 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, samples=8
         displacement_rms       root of the mean square of the displacement
         probe_loss             mean training loss
     """
-    scale, steps = micro_batches // per_update, micro_batches // per_update
-    params, decay = [p for p in block.parameters() if p.requires_grad], _coupled_decay(optimizer)
+    steps, decay = micro_batches // per_update, _coupled_decay(optimizer)
+    params = [p for p in block.parameters() if p.requires_grad]
+    if not params:
+        raise InputError("the variance probe looks at the last block, and none of its parameters trains")
+    needed = [p for group in optimizer.param_groups for p in group["params"]] if grad_clip else params
     found, seen = collections.defaultdict(list), []
 
     def gradient(stream):
@@ -42,9 +48,13 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, samples=8
         total = None
         for _ in range(per_update):
             loss = next(stream)
-            part = torch.autograd.grad(scale * loss, params)
+            part = torch.autograd.grad(steps * loss, needed)
             total = part if total is None else [a + b for a, b in zip(total, part)]
             seen.append(loss.item())
+        if grad_clip:
+            factor = min(1.0, grad_clip / (torch.nn.utils.get_total_norm(total).item() + 1e-6))   # as torch clips
+            of = {id(p): factor * g for p, g in zip(needed, total)}
+            total = [of[id(p)] for p in params]
         return [g + decay[p] * p.detach() if decay.get(p) else g for g, p in zip(total, params)]
 
     with torch.random.fork_rng(), torch.enable_grad():   # dropout draws from torch's own generators

@@ -1,8 +1,8 @@
 """
-Do periodical averages beat gradient accumulation? Nine optimizers, SFT and DPO on minihh, 8 micro-batches a step, five seeds.
+Do periodical averages beat gradient accumulation? Seven optimizers, SFT and DPO on minihh, 8 micro-batches a step, five seeds.
 
-    python -m studies.optimizers                 # everything: about 2 hours on 2 cores
-    python -m studies.optimizers --minutes 30    # a piece of it: starts nothing new after 30 minutes; call it again to go on
+    python -m studies.optimizers                 # everything: about 2.5 hours on 2 cores
+    python -m studies.optimizers --minutes 30    # a piece of it: stops after 30 minutes; call it again to go on
     python -m studies.optimizers --report        # tables and pictures of what is there
     python -m studies.optimizers --results DIR   # anew: what is in results/optimizers is not made again
 
@@ -11,19 +11,19 @@ Every run is a call of train_sft.py or train_dpo.py on one thread, two at a time
 
 1. Learning rates. One lattice, 3e-3 times powers of 1.5, for all. Each method tries three rates 2.25 apart, up to two more while
    the best of them is the outermost, then the two next to the best, 1.5 away, and once more where that made another the best;
-   at half length, seed 1, and the lowest loss on *valid* wins.
+   at half length, seed 1, and the lowest loss on *valid* at the end wins (not the lowest on the way: DPO's rises again).
 2. Comparison. Each method at its own rate, and AdamW and Lion with accumulation at the rates that move as far in a period as
    AdamW-PMA and Lion-PMA do where noise dominates (MATCHED); five seeds, read on *test*.
 3. K. AdamW and AdamW-PMA at their rates for K = 8, with K = 1, 2, 4, 16, 32, equal samples, half length, three seeds, on test.
-   K = 8 is the first half of 2.; at K = 1 the two are one (tests/test_optim.py).
+   K = 8 is the first half of 2.; at K = 1 the two are one optimizer at two rates.
 
-A constant rate after 20 steps of warm-up, no weight decay (it means other things to SGD than to AdamW) and no clipping.
+A constant rate after 20 steps of warm-up, so that the time to a loss means something at every loss; no weight decay (it means
+other things to SGD than to AdamW) and no clipping. DPO with seed s starts from an SFT run with seed s.
 """
 import argparse
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import minihh
 import plots
+from files import InputError, write_atomically
 
 HERE = Path(__file__).parent.parent
 RUNS = Path("runs/optimizers")   # under HERE
@@ -46,13 +47,11 @@ class Task(NamedTuple):
     script: str
     flags: list        # 4 dialogues a micro-batch in either task
     loss: str          # the one that counts
-    every: int         # steps between evaluations on test: where the loss is lowest early, it takes many
     middle: dict       # of each family's first three rates, as a power of 1.5
 
 
-TASKS = {"sft": Task("train_sft.py", ["--micro-batch", 4], "val_loss", 52, {"adam": 0, "lion": -6, "sgd": 11}),
-         "dpo": Task("train_dpo.py", ["--micro-batch", 2, "--init", f"{RUNS}/start"], "val_dpo_loss", 16,
-                     {"adam": -11, "lion": -17, "sgd": -6})}
+TASKS = {"sft": Task("train_sft.py", ["--micro-batch", 4], "val_loss", {"adam": 0, "lion": -6, "sgd": 11}),
+         "dpo": Task("train_dpo.py", ["--micro-batch", 2], "val_dpo_loss", {"adam": -11, "lion": -17, "sgd": -6})}
 METHODS = {"adamw": "adam", "adamw-pma": "adam", "agma": "adam", "adamw-noaccum": "adam", "lion": "lion", "lion-pma": "lion",
            "momentum": "sgd"}
 # matched to -> (optimizer, factor): how much farther a period of the first goes than one accumulated step of the second
@@ -64,48 +63,67 @@ def rate(power):
 
 
 class Lab:
-    """Starts runs, at most until a deadline, and keeps what they found: {name: {"flags": ..., "events": ...} or {"failed": why}},
-    a line each of runs.jsonl in the results' folder."""
+    """Starts runs until it is told to stop, and keeps what they found, {name: {"command", "flags", "events", ...}}, a line each of
+    runs.jsonl in the results' folder."""
 
-    def __init__(self, results, minutes=math.inf):
-        self.file, self.deadline = HERE / results / "runs.jsonl", time.time() + 60 * minutes
-        self.stop, self.children, self.lock = threading.Event(), set(), threading.Lock()
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.found = {run.pop("name"): run for run in map(json.loads, lines)}
+    def __init__(self, results):
+        self.file = HERE / results / "runs.jsonl"
+        self.stop, self.children, self.lock, self.found = threading.Event(), set(), threading.Lock(), {}
+        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
+        for line in lines:
+            if line.endswith("\n"):   # else a crash cut it off, and the run is made again
+                run = json.loads(line)
+                self.found[run.pop("name")] = run
 
     def run(self, name, script, *flags):
-        """What the run `name` found: made now if it is not there. None where the time is up before it is."""
-        if name not in self.found and not self.stop.is_set() and time.time() < self.deadline:
-            folder = HERE / RUNS / name
-            again = "--resume" if (folder / "last.pt").exists() else "--overwrite"
-            command = [sys.executable, script, "--out", f"{RUNS}/{name}", *map(str, flags), again]
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE,
-                                     start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        """What the run `name` found: made now if it is not there. None where we are to stop before it is."""
+        command = [script, *map(str, flags)]
+        if name in self.found:
+            if self.found[name]["command"] != command:
+                raise InputError(f"{self.file} holds {name} made by {self.found[name]['command']}, which is not {command}: "
+                                 "give another --results")
+            return self.found[name]
+        folder = HERE / RUNS / name
+        how = "--resume" if (folder / "last.pt").exists() else "--overwrite"
+        with self.lock:
+            if self.stop.is_set():
+                return None
+            child = subprocess.Popen([sys.executable, *command, "--out", f"{RUNS}/{name}", how], cwd=HERE, text=True,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
             self.children.add(child)
-            message = child.communicate()[1].strip()
+        if self.stop.is_set():   # since we looked
+            child.send_signal(signal.SIGTERM)
+        message = child.communicate()[1].strip()
+        with self.lock:
             self.children.discard(child)
-            if child.returncode == 0:
-                self.keep(name, summary(folder))
-                (folder / "last.pt").unlink()
-            elif child.returncode == 2 and "the loss is" in message:
-                self.keep(name, {"failed": message})
-            elif not self.stop.is_set():
-                raise RuntimeError(f"{' '.join(command)}: {message}")
+        if child.returncode == 0 or child.returncode == 2 and "the loss is" in message:
+            self.keep(name, {"command": command, **summary(folder), **({"diverged": message} if child.returncode else {})})
+            (folder / "last.pt").unlink()
+        elif child.returncode == 2 and "cannot be resumed" in message:   # left by a study with other flags
+            (folder / "last.pt").unlink()
+            return self.run(name, script, *flags)
+        elif not self.stop.is_set():
+            raise InputError(f"{' '.join(command)}: {message}")
         return self.found.get(name)
 
     def keep(self, name, run):
         with self.lock:
             self.found[name] = run
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            text = self.file.read_text() if self.file.exists() else ""
+            if text and not text.endswith("\n"):
+                write_atomically(self.file, text[:text.rfind("\n") + 1].encode())
             with open(self.file, "a") as f:
                 f.write(json.dumps({"name": name, **run}) + "\n")
-        what = run.get("failed") or f"{run['events'][-1]['seconds']:.0f} s of training"
+        what = run.get("diverged") or f"{run['events'][-1]['seconds']:.0f} s of training"
         print(f"{time.strftime('%H:%M:%S')} {name}: {what}", flush=True)
 
     def interrupt(self, *_):
+        """Stop: every run writes a checkpoint, from which the next call of the study goes on."""
         self.stop.set()
         for child in list(self.children):
-            child.send_signal(signal.SIGTERM)   # it writes a checkpoint
+            child.send_signal(signal.SIGTERM)
 
     def map(self, function, jobs):
         with ThreadPoolExecutor(2) as pool:
@@ -113,7 +131,8 @@ class Lab:
 
 
 KEPT = ("step", "micro_step", "samples", "updates", "flops", "seconds", "val_loss", "val_dpo_loss", "val_logp_accuracy",
-        "val_reward_accuracy", "probe_loss", "update_variance", "displacement_variance_relative", "displacement_rms")
+        "val_reward_accuracy", "probe_loss", "displacement_rms", *(f"{what}_variance{form}" for form in ("", "_relative")
+                                                                   for what in ("grad", "update", "displacement")))
 
 
 def summary(folder):
@@ -124,26 +143,28 @@ def summary(folder):
         return float(f"{value:.5g}") if isinstance(value, float) else value
     config, events = plots.read(folder)
     return {"flags": {key: config["flags"][key] for key in ("optimizer", "lr", "seed", "accumulate", "steps")},
+            "init_sha256": config["init_sha256"], "commit": config["commit"],
             "events": [{key: short(e[key]) for key in KEPT if key in e} for e in events
                        if "val_logp_accuracy" in e or "probe_loss" in e]}
 
 
 def training(lab, task, name, split, optimizer, lr, seed, steps=STEPS, k=K):
-    every = (TASKS[task].every if split == "test" else 26) * K // k   # at equal samples
-    probes = ["--variance-every", 52 if split == "test" else 104] if k == K and seed <= 2 else []
+    every = (52 if split == "test" else 104) * K // k   # at equal samples
+    probes = ["--variance-every", every] if k == K and seed <= 2 else []
+    init = ["--init", f"{RUNS}/start-s{seed}"] if task == "dpo" else []
     return lab.run(f"{task}/{name}", TASKS[task].script, *TASKS[task].flags, "--optimizer", optimizer, "--lr", lr, "--seed", seed,
                    "--data", f"{RUNS}/train.jsonl,{RUNS}/{split}.jsonl", "--steps", steps, "--accumulate", k, "--schedule",
                    "constant", "--warmup", 20 * K // k, "--weight-decay", 0, "--grad-clip", 0, "--eval-every", every,
-                   "--log-every", every, "--eval-answers", 0, *probes)
+                   "--log-every", every, "--eval-samples", 520, "--eval-answers", 0, *init, *probes)   # the whole split
 
 
-def lowest(task, run):
-    """Its lowest held-out loss; infinite where it diverged."""
-    return min((e[TASKS[task].loss] for e in run.get("events", []) if TASKS[task].loss in e), default=math.inf)
+def last_loss(task, run):
+    """Its held-out loss at the end; infinite where it diverged."""
+    return math.inf if "diverged" in run else [e[TASKS[task].loss] for e in run["events"] if TASKS[task].loss in e][-1]
 
 
 def search(lab, task, method):
-    """{rate: lowest loss on valid} of the rule above, or None where the time was up."""
+    """{rate: last loss on valid} of the rule above, or None where the time was up."""
     tried = {}
 
     def at(power):
@@ -152,7 +173,7 @@ def search(lab, task, method):
             run = training(lab, task, name, "valid", method, rate(power), 1, STEPS // 2)
             if run is None:
                 raise TimeoutError
-            tried[power] = lowest(task, run)
+            tried[power] = last_loss(task, run)
         return tried[power]
 
     middle = TASKS[task].middle[METHODS[method]]
@@ -178,15 +199,25 @@ def chosen(grids):
     return runs | {f"{base}-matched": (base, float(f"{factor * best[method]:.3g}")) for method, (base, factor) in MATCHED.items()}
 
 
+def start(lab, seed):
+    """What DPO starts from. Made again where its weights are gone: they must then be the same ones."""
+    name, before = f"start-s{seed}", lab.found.get(f"start-s{seed}")
+    if before and not (HERE / RUNS / name / "best.pt").exists():
+        del lab.found[name]
+    run = lab.run(name, "train_sft.py", "--seed", seed, "--eval-answers", 0, "--data", f"{RUNS}/train.jsonl,{RUNS}/valid.jsonl")
+    if run and before and [e["val_loss"] for e in run["events"]] != [e["val_loss"] for e in before["events"]]:
+        raise InputError(f"{name} is not what it was when {lab.file} was begun: give another --results")
+    return run
+
+
 def work(lab):
     """Whatever of the study is not there yet."""
     (HERE / RUNS).mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid", "test"):
         pairs = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in minihh.examples(split)]
         (HERE / RUNS / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    if not (HERE / RUNS / "start/best.pt").exists():
-        lab.found.pop("start", None)
-    if not lab.run("start", "train_sft.py", "--eval-answers", 0, "--data", f"{RUNS}/train.jsonl,{RUNS}/valid.jsonl"):
+    starts = lab.map(start, [(lab, seed) for seed in range(1, SEEDS + 1)])
+    if None in starts:
         return
     found = lab.map(search, [(lab, task, method) for task in TASKS for method in METHODS])
     if None in found:
@@ -198,16 +229,17 @@ def work(lab):
     lab.map(training, [(lab, task, f"k/{name}-{chosen(grids[task])[name][1]:g}-k{k}-s{seed}", "test", name,
                         chosen(grids[task])[name][1], seed, STEPS * K // 2 // k, k)
                        for seed in (1, 2, 3) for task in TASKS for k in (1, 2, 4, 16, 32)
-                       for name in ("adamw", "adamw-pma")[:1 if k == 1 else 2]])
+                       for name in ("adamw", "adamw-pma")])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the report
 
 def report(lab):
+    lab.stop.set()   # search() starts nothing now
     text = []
     for task in TASKS:
-        grids = {method: grid for method in METHODS if (grid := at_hand(lab, task, method))}
-        if len(grids) == len(METHODS):
+        grids = {method: search(lab, task, method) for method in METHODS}
+        if None not in grids.values():
             text += [f"## {task.upper()}", "", *rates(task, grids), "", *shared_rate(lab, task, grids), ""]
             groups = {name: events for name, (optimizer, lr) in chosen(grids).items()
                       if (events := seeds(lab, f"{task}/test/{optimizer}-{lr:g}"))}
@@ -218,22 +250,16 @@ def report(lab):
     print("\n".join(text))
 
 
-def at_hand(lab, task, method):
-    """{rate: lowest loss on valid}, of whatever was tried."""
-    return {float(name.rpartition("/")[2][len(method) + 1:]): lowest(task, run) for name, run in lab.found.items()
-            if re.fullmatch(rf"{task}/grid/{method}-[0-9].*", name)}
-
-
 def seeds(lab, name):
-    """{seed: (config, events)} of the finished runs, as plots.compare takes them."""
-    found = {seed: lab.found.get(f"{name}-s{seed}", {}) for seed in range(1, SEEDS + 1)}
-    return {seed: (run, run["events"]) for seed, run in found.items() if "events" in run}
+    """{seed: (config, events)} of the runs at hand, as plots.compare takes them."""
+    found = {seed: lab.found.get(f"{name}-s{seed}") for seed in range(1, SEEDS + 1)}
+    return {seed: (run, run["events"]) for seed, run in found.items() if run}
 
 
 def rates(task, grids):
     """The learning rates that were tried."""
-    lines = [f"Lowest {TASKS[task].loss} on valid, half length, seed 1; the chosen rate in bold.", "", "| | " +
-             "rate: loss |", "| --- | --- |"]
+    lines = [f"{TASKS[task].loss} at the end, on valid, half length, seed 1; the chosen rate in bold.", "", "| | rate: loss |",
+             "| --- | --- |"]
     for method, grid in grids.items():
         best = min(grid, key=grid.get)
         tried = [f"{lr:g}: {loss:.4f}" if loss < math.inf else f"{lr:g}: diverges" for lr, loss in sorted(grid.items())]
@@ -249,8 +275,8 @@ def shared_rate(lab, task, grids):
              "| | against | rate | speedup in samples | displacement of a period, ratio |", "| --- | --- | --- | --- | --- |"]
     for method, base in (("adamw-pma", "adamw"), ("agma", "adamw"), ("adamw-noaccum", "adamw"), ("lion-pma", "lion")):
         for lr in sorted(set(grids[method]) & set(grids[base])):
-            one, two = (lab.found[f"{task}/grid/{name}-{lr:g}"].get("events") for name in (base, method))
-            if one and two:
+            if math.inf not in (grids[method][lr], grids[base][lr]):
+                one, two = (lab.found[f"{task}/grid/{name}-{lr:g}"]["events"] for name in (base, method))
                 ratio, _ = plots.speedup(*(plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)))
                 moved = [events_after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
                 lines.append(f"| {method} | {base} | {lr:g} | {ratio:.2f} | {moved[1] / moved[0]:.2f} |")
@@ -310,17 +336,22 @@ def periods(lab, task, groups, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after this time; the next call goes on")
     parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
     parser.add_argument("--results", default="results/optimizers", help="folder of the results")
     options = parser.parse_args()
-    lab = Lab(options.results, options.minutes)
-    signal.signal(signal.SIGINT, lab.interrupt)
-    signal.signal(signal.SIGTERM, lab.interrupt)
+    lab = Lab(options.results)
     if not options.report:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, lab.interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
         work(lab)
     report(lab)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
