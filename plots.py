@@ -29,7 +29,7 @@ COLORS = {
 
 
 def draw(folder):
-    """The pictures of the run in `folder`: loss.png, accuracy.png, and variance.png where it was probed."""
+    """The pictures of the run in `folder`: loss.png, accuracy.png; variance.png and variance-time.png where it was probed."""
     folder = Path(folder)
     config, events = read(folder)
     if any("val_dpo_loss" in e for e in events):
@@ -38,7 +38,9 @@ def draw(folder):
         sft_loss(events, config, folder / "loss.png")
     accuracy(events, config, folder / "accuracy.png")
     if any("update_variance" in e for e in events):
-        variance([(config["flags"]["optimizer"], COLORS[config["flags"]["optimizer"]], "-", [events])], folder / "variance.png")
+        optimizer = config["flags"]["optimizer"]
+        for name, x in (("variance.png", "probe_loss"), ("variance-time.png", "seconds")):
+            variance([(optimizer, COLORS[optimizer], ".", [events])], folder / name, x)
 
 
 def read(folder):
@@ -55,10 +57,10 @@ def series(events, key):
     return zip(*found) if found else ((), ())
 
 
-def canvas(columns=1, height=4):
+def canvas(columns=1, rows=1, height=4):
     figure = Figure(figsize=(6.4 if columns == 1 else 4.6 * columns, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def finish(axis, x, y, legend=True, **where):
@@ -131,40 +133,40 @@ def accuracy(events, config, path):
     figure.savefig(path, dpi=110)
 
 
-def variance(groups, path):
-    """What the probes found, log axes: groups of (label, colour, line style, list of runs' events).
+def variance(groups, path, x="probe_loss", title=""):
+    """What the probes found: groups of (label, colour, marker, list of runs' events), against the training loss or the seconds.
 
-    Left and middle: the update, at every tau of a period where there are several: a line each for the first and the last tau, a
-    band between the extremes. Right: the displacement of a whole period, relative to its mean square: the one that compares
-    fairly, since at a single tau PMA and AGMA give the newest gradient a small weight by construction.
+    Above raw, below divided by the mean square, log axes; of several runs the mean. Left the gradient of one step(). Middle the
+    update, mean and range over the taus of a period. Right the displacement of a whole period, which compares fairly: at a single
+    tau, PMA and AGMA give the newest gradient a small weight by construction.
     """
-    figure, axes = canvas(3, height=5)
-    loss = "training loss (log axis)"
-    for label, color, style, runs in groups:
+    figure, axes = canvas(3, 2, height=6.5)
+    for label, color, marker, runs in groups:
         probes = [average(same) for same in zip(*([e for e in events if "update_variance" in e] for events in runs))]
-        for axis, x in zip(axes, ("seconds", "probe_loss", "probe_loss")):
-            probes.sort(key=lambda p: p[x])
-            xs, by_tau = [p[x] for p in probes], list(zip(*(p["update_variance"] for p in probes)))
-            if axis is axes[2]:
-                axis.plot(xs, [p["displacement_variance_relative"] for p in probes], style, color=color, marker=".")
-                continue
-            lowest, highest = ([f(p["update_variance"]) for p in probes] for f in (min, max))
-            axis.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
-            last = len(by_tau) - 1
-            axis.plot(xs, by_tau[0], style, color=color, marker=".", label=f"{label}, tau = 0" if last else label)
-            if last:
-                axis.plot(xs, by_tau[-1], style, color=color, marker="x", linewidth=0.8, label=f"{label}, tau = {last}")
-    for axis, x, y in zip(axes, ("seconds of training", loss, loss), ("variance of the update u", "variance of the update u",
-                                                                      "relative variance of a period's displacement")):
+        xs = [p[x] for p in probes]
+        for row, form in enumerate(("", "_relative")):
+            for axis, what in zip(axes[3 * row:], ("grad", "update", "displacement")):
+                found = [p[f"{what}_variance{form}"] for p in probes]
+                found = [y if isinstance(y, list) else [y] for y in found]
+                middle = [statistics.fmean(y) for y in found]
+                reach = [[m - min(y) for m, y in zip(middle, found)], [max(y) - m for m, y in zip(middle, found)]]
+                line = "-" if x == "seconds" else ""   # the loss of a probe is a draw too: points, in no order
+                axis.errorbar(xs, middle, reach, fmt=marker + line, color=color, markersize=4, linewidth=0.8, label=label)
+    names = ("gradient of one step", "update u: mean and range over tau", "displacement of a period (compares fairly)")
+    for i, axis in enumerate(axes):
         axis.set_yscale("log")
-        if x == loss:
+        if i < 3:
+            axis.set_title(names[i], fontsize=10)
+        if x == "probe_loss":
             axis.set_xscale("log")
-            axis.invert_xaxis()   # time runs to the right in all three
+            axis.invert_xaxis()   # training goes to the right
             axis.xaxis.set_major_locator(FixedLocator([10, 7, 5, 3, 2, 1.5, 1, 0.7, 0.5, 0.4, 0.3, 0.2]))
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(NullFormatter())
-        finish(axis, x, y, legend=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        finish(axis, ("training loss (log axis)" if x == "probe_loss" else "seconds of training") if i > 2 else "",
+               ("variance", "variance / mean square")[i // 3] if i % 3 == 0 else "", legend=False)
+    figure.suptitle(f"{title}noise in the last block, n = {max(len(runs) for *_, runs in groups)} per optimizer", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -176,6 +178,8 @@ def average(events):
 # ----------------------------------------------------------------------------------------------------------------------
 # several runs
 
+IMMATERIAL = ("seed", "out", "overwrite", "resume", "stop_at", "device", "variance_every", "eval_answers", "log_every",
+              "save_every")   # flags that do not change a curve, but for the seed
 COSTS = {"samples": "examples seen", "updates": "updates of the weights", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
@@ -185,8 +189,7 @@ def grouped(runs):
     for config, events in runs:
         flags = config["flags"]
         same = [other for other in all_flags if other["optimizer"] == flags["optimizer"]]
-        differ = [key for key in flags if key not in ("seed", "out", "overwrite", "resume", "stop_at")
-                  and any(other.get(key) != flags[key] for other in same)]
+        differ = [key for key in flags if key not in IMMATERIAL and any(other.get(key) != flags[key] for other in same)]
         label = ", ".join([flags["optimizer"], *(f"{key.replace('_', ' ')} {flags[key]}" for key in differ)])
         group = labels.setdefault(label, {})
         if flags["seed"] in group:
@@ -215,14 +218,15 @@ def cost_to_reach(points, level):
     return points[-1][0] if points[-1][1] <= level else None
 
 
-def speedup(baseline, candidate):
-    """(cost of the baseline / cost of the candidate) to the lowest loss that both reach, and which of the two ("baseline",
-    "candidate" or "") never reaches the other's lowest."""
+def speedup(baseline, candidate, share=1.0):
+    """(cost of the baseline / cost of the candidate) to the loss that is `share` of the way from the baseline's first to the
+    lowest that both reach, and which of the two ("baseline", "candidate" or "") never reaches the other's lowest. None for the
+    ratio where one of them never gets below its start."""
     lowest = baseline[-1][1], candidate[-1][1]
-    level = max(lowest)
+    level = baseline[0][1] + share * (max(lowest) - baseline[0][1])
     costs = [cost_to_reach(points, level) for points in (baseline, candidate)]
     short = "" if lowest[0] == lowest[1] else "baseline" if lowest[0] > lowest[1] else "candidate"
-    return (costs[0] / costs[1] if costs[1] else float("nan")), short
+    return (costs[0] / costs[1] if costs[0] and costs[1] else None), short
 
 
 def loss_key(events):
@@ -236,7 +240,14 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
         raise ValueError(f"no runs of the baseline {baseline!r} among {', '.join(labelled)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    key = loss_key(next(iter(labelled[baseline].values()))[1])
+    everyone = [(label, config["flags"], events) for label, runs in labelled.items() for config, events in runs.values()]
+    _, flags, events = next(run for run in everyone if run[0] == baseline)
+    key = loss_key(events)
+    for label, others, events in everyone:
+        for what, one, two in (("loss", key, loss_key(events)), *((name, flags.get(name), others.get(name)) for name in (
+                "data", "half", "eval_samples", "loss_on", "beta"))):
+            if one != two:
+                raise ValueError(f"{label} does not compare with {baseline}: {what} is {two}, not {one}")
     table = {"loss": key, "baseline": baseline, "runs": {}}
     figure, axes = canvas(len(xs))
     styles = {}
@@ -245,12 +256,14 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
         style = styles.setdefault(optimizer, iter(("-", "--", ":", "-.") * 9))
         drawn = COLORS[optimizer], next(style)
         row = table["runs"][label] = {"color": drawn[0], "style": drawn[1], "seeds": sorted(runs),
-                                      "lowest": [curve(runs[s][1], "samples", key)[-1][1] for s in sorted(runs)]}
+                                      "lowest": [curve(runs[s][1], "samples", key)[-1][1] for s in sorted(runs)],
+                                      "last": [[e[key] for e in runs[s][1] if key in e][-1] for s in sorted(runs)]}
         both = sorted(set(runs) & set(labelled[baseline]))
         for x in COSTS:
-            ratios = [speedup(curve(labelled[baseline][s][1], x, key), curve(runs[s][1], x, key)) for s in both]
-            row[f"speedup_{x}"] = [ratio for ratio, _ in ratios]
-            row["fell_short"] = [side for _, side in ratios]
+            curves = [(curve(labelled[baseline][s][1], x, key), curve(runs[s][1], x, key)) for s in both]
+            row[f"speedup_{x}"] = [speedup(*two)[0] for two in curves]
+            row[f"speedup_90_{x}"] = [speedup(*two, share=0.9)[0] for two in curves]
+            row["fell_short"] = [speedup(*two)[1] for two in curves]
         for axis, x in zip(axes, xs):
             points = [[(e[x], e[key]) for e in events if key in e] for _, events in runs.values()]
             length = min(map(len, points))
@@ -265,29 +278,35 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
         finish(axis, COSTS[x], f"held-out {'DPO loss' if key == 'val_dpo_loss' else 'loss'} (log axis)")
     axes[0].set_title(f"{title}mean and range over seeds", fontsize=10)
     figure.savefig(folder / "compare.png", dpi=110)
-    probed = [(label, table["runs"][label]["color"], table["runs"][label]["style"], events) for label, runs in labelled.items()
-              if (noisy is None or label in noisy)
-              and (events := [e for _, e in runs.values() if any("update_variance" in event for event in e)])]
+    probed = {label: found for label, runs in labelled.items() if (noisy is None or label in noisy)
+              and (found := [e for _, e in runs.values() if any("update_variance" in event for event in e)])}
     if probed:
-        variance(probed, folder / "compare-variance.png")
+        variance([(label, table["runs"][label]["color"], marker, found) for (label, found), marker in zip(
+            probed.items(), ".xsd^v*+" * 9)], folder / "compare-variance.png", title=title)
     (folder / "compare.json").write_text(json.dumps(table, indent=1))
     return table
 
 
+def spread(values, digits=2):
+    """Median and range of what there is, for a table."""
+    there = [v for v in values if v is not None]
+    if len(there) < 2:
+        return f"{there[0]:.{digits}f} (one seed)" if there else ""
+    missing = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
+    return f"{statistics.median(there):.{digits}f} [{min(there):.{digits}f}, {max(there):.{digits}f}]{missing}"
+
+
 def as_text(table, x="samples"):
-    """The table for a terminal or a README: a row a label."""
-    lines = [f"| | n | lowest held-out loss: mean [range] | speedup over {table['baseline']} in {x}: median [range] | never "
-             "reaches the other's lowest |", "| --- | --- | --- | --- | --- |"]
+    """The table for a terminal or a README, a row a label; every entry is a median and a range over seeds."""
+    base = table["baseline"]
+    lines = [f"| | n | last held-out loss | lowest | speedup over {base} in {x}, to the lowest loss that both reach | to 90 % of "
+             "the way there | never reaches the other's lowest |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for label, row in table["runs"].items():
-        low, fast = row["lowest"], row[f"speedup_{x}"]
-        short = {side: row["fell_short"].count(side) for side in ("baseline", "candidate") if side in row["fell_short"]}
-        ranged = f"{statistics.median(fast):.2f} [{min(fast):.2f}, {max(fast):.2f}]" if fast else "no seed in common"
-        if len(fast) == 1:
-            ranged = f"{fast[0]:.2f} (one seed)"
-        names = {"baseline": table["baseline"], "candidate": label}
-        who = ", ".join(f"{names[side]} {n} of {len(fast)}" for side, n in short.items())
-        lowest = f"{statistics.fmean(low):.4f} [{min(low):.4f}, {max(low):.4f}]"
-        lines.append(f"| {label} | {len(low)} | {lowest} | {ranged} | {who} |")
+        names = {"baseline": base, "candidate": label}
+        who = ", ".join(f"{names[side]} {row['fell_short'].count(side)} of {len(row['fell_short'])}" for side in names
+                        if side in row["fell_short"])
+        lines.append(f"| {label} | {len(row['seeds'])} | {spread(row['last'], 3)} | {spread(row['lowest'], 3)} | "
+                     f"{spread(row[f'speedup_{x}'])} | {spread(row[f'speedup_90_{x}'])} | {who} |")
     return "\n".join(lines)
 
 

@@ -187,7 +187,8 @@ def count_steps(cfg, examples):
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
-OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png", "variance.png")
+OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png", "variance.png",
+        "variance-time.png")
 RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
 
 

@@ -36,10 +36,10 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip
         displacement_rms       root of the mean square of the displacement
         probe_loss             mean training loss
     """
-    steps, decay = micro_batches // per_update, _coupled_decay(optimizer)
     params = [p for p in block.parameters() if p.requires_grad]
     if not params:
         raise InputError("the variance probe looks at the last block, and none of its parameters trains")
+    steps, decay = micro_batches // per_update, _coupled_decay(optimizer)
     needed = [p for group in optimizer.param_groups for p in group["params"]] if grad_clip else params
     found, seen = collections.defaultdict(list), []
 

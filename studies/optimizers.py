@@ -25,7 +25,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -63,8 +62,8 @@ def rate(power):
 
 
 class Lab:
-    """Starts runs until it is told to stop, and keeps what they found, {name: {"command", "flags", "events", ...}}, a line each of
-    runs.jsonl in the results' folder."""
+    """Starts runs until it is told to stop, and keeps what they found, {name: {"command", "flags", "events", ...}}, a line each
+    of runs.jsonl in the results' folder."""
 
     def __init__(self, results):
         self.file = HERE / results / "runs.jsonl"
@@ -271,66 +270,65 @@ def rates(task, grids):
 
 def shared_rate(lab, task, grids):
     """The papers' protocol, read off the grid: two methods at one rate, one seed, and how far a period of each goes."""
-    lines = ["Both at the same rate (the papers' protocol), half length, valid split, **n = 1**.", "",
-             "| | against | rate | speedup in samples | displacement of a period, ratio |", "| --- | --- | --- | --- | --- |"]
+    lines = ["Both at the same rate (the papers' protocol), half length, valid split, **n = 1**; bold: the other's own rate.", "",
+             "| | against | rate | last loss | the other's | speedup in samples | to 90 % of the way | a period moves, ratio |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for method, base in (("adamw-pma", "adamw"), ("agma", "adamw"), ("adamw-noaccum", "adamw"), ("lion-pma", "lion")):
+        own = min(grids[base], key=grids[base].get)
         for lr in sorted(set(grids[method]) & set(grids[base])):
             if math.inf not in (grids[method][lr], grids[base][lr]):
                 one, two = (lab.found[f"{task}/grid/{name}-{lr:g}"]["events"] for name in (base, method))
-                ratio, _ = plots.speedup(*(plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)))
-                moved = [events_after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
-                lines.append(f"| {method} | {base} | {lr:g} | {ratio:.2f} | {moved[1] / moved[0]:.2f} |")
+                curves = [plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)]
+                ratios = (plots.spread([plots.speedup(*curves, share)[0]]).partition(" ")[0] for share in (1, 0.9))
+                moved = [after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
+                lines.append(f"| {method} | {base} | {f'**{lr:g}**' if lr == own else f'{lr:g}'} | {grids[method][lr]:.3f} | "
+                             f"{grids[base][lr]:.3f} | {' | '.join(ratios)} | {moved[1] / moved[0]:.2f} |")
     return lines
 
 
-def events_after_warmup(events):
+def after_warmup(events):
     return [e for e in events if "displacement_rms" in e and e["step"] > 20]
 
 
 def comparison(lab, task, groups, runs):
-    """Every method at its own rate."""
+    """Every method at its own rate. FLOPs are not listed: they are samples times a constant, the same one for all."""
     folder = lab.file.parent / task
     table = plots.compare(groups, "adamw", folder, title=f"{task.upper()} on minihh, test split, K = {K}: ",
                           noisy=("adamw", "adamw-pma", "adamw-noaccum", "agma"))
     base = {seed: events for seed, (_, events) in groups["adamw"].items()}
-    lines = [f"{STEPS} steps of {K} micro-batches, each method at its own rate, test split; medians and means with [range] over "
-             "seeds.", "", plots.as_text(table), "",
-             "| | rate | a period moves, against adamw | last held-out accuracy | speedup in FLOPs | in seconds |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [f"{STEPS} steps of {K} micro-batches, each method at its own rate, test split; median and [range] over seeds.", "",
+             plots.as_text(table), "",
+             "| | rate | a period moves, against adamw's (last block, probes of two seeds) | last held-out accuracy | diverged |",
+             "| --- | --- | --- | --- | --- |"]
     for name, by_seed in groups.items():
         moved = [b["displacement_rms"] / a["displacement_rms"] for seed, (_, events) in by_seed.items() if seed in base
-                 for a, b in zip(events_after_warmup(base[seed]), events_after_warmup(events))]
+                 for a, b in zip(after_warmup(base[seed]), after_warmup(events))]
         accuracy = [events[-1].get("val_reward_accuracy", events[-1]["val_logp_accuracy"]) for _, events in by_seed.values()]
         row = table["runs"][name]
-        row |= {"rate": runs[name][1], "moved_against_baseline": moved, "last_accuracy": accuracy}
-        lines.append(f"| {name} | {runs[name][1]:g} | {spread(moved)} | {spread(accuracy, 3)} | "
-                     f"{spread(row['speedup_flops'])} | {spread(row['speedup_seconds'])} |")
+        row |= {"rate": runs[name][1], "moved_against_baseline": moved, "last_accuracy": accuracy,
+                "diverged": sum("diverged" in run for run, _ in by_seed.values())}
+        lines.append(f"| {name} | {runs[name][1]:g} | {plots.spread(moved)} | {plots.spread(accuracy, 3)} | {row['diverged']} |")
     (folder / "compare.json").write_text(json.dumps(table, indent=1))
     return lines
-
-
-def spread(values, digits=2):
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]" if values else ""
 
 
 def periods(lab, task, groups, runs):
     """AdamW-PMA against AdamW at every K. K = 8 is the first half of the comparison's runs."""
     half = STEPS * K // 2
     lines = [f"K, at equal samples ({half} micro-batches), the rates of K = 8, test split, three seeds.", "",
-             "| K | adamw, lowest loss | adamw-pma, lowest loss | speedup of adamw-pma over adamw in samples |",
-             "| --- | --- | --- | --- |"]
+             "| K | adamw, lowest loss | adamw-pma, lowest loss | speedup over adamw in samples | to 90 % of the way |",
+             "| --- | --- | --- | --- | --- |"]
     for k in (1, 2, 4, 8, 16, 32):
         pair = []
         for name in ("adamw", "adamw-pma"):
-            base = "adamw" if k == 1 else name
-            found = seeds(lab, f"{task}/k/{base}-{runs[base][1]:g}-k{k}") if k != K else groups.get(name, {})
+            found = seeds(lab, f"{task}/k/{name}-{runs[name][1]:g}-k{k}") if k != K else groups.get(name, {})
             pair.append({seed: plots.curve([e for e in events if e["micro_step"] <= half], "samples", TASKS[task].loss)
                          for seed, (_, events) in found.items() if seed <= 3})
         if pair[0] and pair[1]:
-            ratios = [plots.speedup(pair[0][seed], pair[1][seed])[0] for seed in pair[0] if seed in pair[1]]
-            one, two = ([points[-1][1] for points in found.values()] for found in pair)
-            lines.append(f"| {k} | {spread(one, 4)} | {'the same' if k == 1 else spread(two, 4)} | "
-                         f"{'1 (equal by construction)' if k == 1 else spread(ratios)} |")
+            both = [(pair[0][seed], pair[1][seed]) for seed in pair[0] if seed in pair[1]]
+            columns = [plots.spread([points[-1][1] for points in found.values()], 3) for found in pair]
+            columns += [plots.spread([plots.speedup(*two, share)[0] for two in both]) for share in (1, 0.9)]
+            lines.append(f"| {k} | {' | '.join(columns)} |")
     return lines
 
 

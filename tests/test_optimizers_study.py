@@ -12,6 +12,7 @@ import threading
 import pytest
 
 import train_sft
+from files import InputError
 from studies import optimizers as study
 
 
@@ -27,9 +28,11 @@ def made_up(losses, optimizer="adamw", moved=1.0):
     events = [{"step": 52 * i, "micro_step": 416 * i, "samples": 1664 * i, "updates": 52 * i, "flops": 1e9 * i,
                "seconds": 1.0 * i, "val_loss": loss, "val_dpo_loss": loss, "val_logp_accuracy": 0.75}
               for i, loss in enumerate(losses)]
+    noise = {f"{what}_variance{form}": value for form in ("", "_relative")
+             for what, value in (("grad", 0.1), ("update", [0.5, 0.25]), ("displacement", 0.1))}
     probes = [{**{key: e[key] for key in ("step", "micro_step", "samples", "seconds")}, "displacement_rms": moved,
-               "probe_loss": 1.0, "update_variance": [0.5, 0.25], "displacement_variance_relative": 0.1} for e in events]
-    return {"flags": {"optimizer": optimizer}, "events": [e for pair in zip(probes, events) for e in pair]}
+               "probe_loss": 1.0, **noise} for e in events]
+    return {"flags": {"optimizer": optimizer}, "events": [e for pair in zip(probes, events) for e in pair], "command": []}
 
 # ---- the rule that picks learning rates
 
@@ -42,10 +45,10 @@ def made_up(losses, optimizer="adamw", moved=1.0):
     (-0.9, [-2, -1, 0, 1, 2]),             # a neighbour is the best, and has its own neighbours
 ])
 def test_search_by_hand(monkeypatch, best, tried):
-    """The loss has its minimum at 3e-3 * 1.5^best; AdamW's first three rates are 3e-3 * 1.5^(-2, 0, 2)."""
+    """What counts is the loss at the end, lowest at 3e-3 * 1.5^best. AdamW's first three rates are 3e-3 * 1.5^(-2, 0, 2)."""
     def training(lab, task, name, split, optimizer, lr, seed, steps):
         assert (split, optimizer, seed, steps) == ("valid", "adamw", 1, study.STEPS // 2)
-        return {"events": [{"val_loss": 1 + abs(math.log(lr / 3e-3) / math.log(1.5) - best)}, {"val_loss": 100.0}]}
+        return {"events": [{"val_loss": 0.1}, {"val_loss": 1 + abs(math.log(lr / 3e-3) / math.log(1.5) - best)}, {"step": 9}]}
     monkeypatch.setattr(study, "training", training)
     grid = study.search(None, "sft", "adamw")
     assert list(grid) == [study.rate(power) for power in tried]
@@ -56,7 +59,8 @@ def test_search_stops_when_the_time_is_up_but_not_where_a_run_diverges(monkeypat
     monkeypatch.setattr(study, "training", lambda *_: None)
     assert study.search(None, "dpo", "lion") is None
     monkeypatch.setattr(study, "training", lambda lab, task, name, split, optimizer, lr, *_:
-                        {"failed": "the loss is nan"} if lr > 1e-3 else {"events": [{"val_dpo_loss": 1 - lr}]})
+                        {"events": [{"val_dpo_loss": 0.1}], **({"diverged": "the loss is nan"} if lr > 1e-3 else {
+                            "events": [{"val_dpo_loss": 1 - lr}]})})
     grid = study.search(None, "dpo", "momentum")
     assert min(grid, key=grid.get) == max(lr for lr in grid if lr <= 1e-3) and max(grid.values()) == math.inf
 
@@ -82,13 +86,51 @@ def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     run = lab.run("cut", "train_sft.py", *TINY)
     assert [e["step"] for e in run["events"] if "val_loss" in e] == [0, 1, 2] and not (folder / "cut/last.pt").exists()
     assert run["flags"] == {"optimizer": "adamw", "lr": 1e-3, "seed": 1, "accumulate": 1, "steps": 2}
-    assert "the loss is nan" in lab.run("diverges", "train_sft.py", *TINY, "--lr", 1e30)["failed"]
-    with pytest.raises(RuntimeError, match="no optimizer 'none'"):
+    hot = ["train_sft.py", *TINY, "--lr", 1e30]
+    assert "the loss is nan" in lab.run("hot", *hot)["diverged"] and lab.found["hot"]["events"][0]["val_loss"] > 7
+    with pytest.raises(InputError, match="no optimizer 'none'"):
         lab.run("typo", "train_sft.py", *TINY, "--optimizer", "none")
-    monkeypatch.setattr(study.subprocess, "Popen", None)   # what is there is not made again; nothing starts after the deadline
-    again = study.Lab(folder, minutes=-1)
-    assert again.run("cut", "train_sft.py") == run and "failed" in again.run("diverges", "train_sft.py")
+    monkeypatch.setattr(study.subprocess, "Popen", None)   # what is there is not made again; nothing starts after a stop
+    with open(lab.file, "a") as f:
+        f.write('{"name": "half a li')   # a crash
+    again = study.Lab(folder)
+    assert again.run("cut", "train_sft.py", *TINY) == run and "diverged" in again.run("hot", *hot)
+    with pytest.raises(InputError, match="cut made by .*give another --results"):
+        again.run("cut", "train_sft.py", *TINY, "--seed", 2)
+    again.interrupt()
     assert again.run("late", "train_sft.py") is None
+    again.keep("new", run)
+    assert list(study.Lab(folder).found) == ["cut", "hot", "new"]
+
+
+def test_a_run_left_by_other_flags_is_made_anew(folder):
+    train_sft.main(train_sft.Config(steps=2, micro_batch=1, eval_every=1, eval_samples=4, eval_answers=0, stop_at=1,
+                                    out=str(folder / "old")))
+    assert study.Lab(folder).run("old", "train_sft.py", *TINY)["events"][-1]["samples"] == 4
+
+
+def test_all_runs_of_the_study(tmp_path, monkeypatch):
+    """What work() asks for: every method at its rate on five seeds, two matched rates, K = 1, 2, 4, 16, 32, and nothing on test
+    before the rates are chosen."""
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    asked = []
+
+    def run(self, name, script, *flags):
+        asked.append((name, dict(zip(flags[::2], flags[1::2]))))
+        return {"events": [{"val_loss": 1.0, "val_dpo_loss": 1.0}], "command": []}
+    monkeypatch.setattr(study.Lab, "run", run)
+    study.work(study.Lab(tmp_path))
+    kinds = [name.split("/")[1] if "/" in name else "start" for name, _ in asked]
+    assert kinds.index("test") > max(i for i, kind in enumerate(kinds) if kind == "grid")
+    assert {kind: kinds.count(kind) for kind in kinds} == {"start": 5, "grid": 2 * 7 * 6, "test": 2 * 9 * 5, "k": 2 * 2 * 5 * 3}
+    for name, flags in asked:
+        if "/" in name:
+            task, kind = name.split("/")[:2]
+            assert flags["--data"].endswith(f"{'valid' if kind == 'grid' else 'test'}.jsonl") and flags["--eval-samples"] == 520
+            assert flags["--grad-clip"] == flags["--weight-decay"] == 0 and flags["--schedule"] == "constant"
+            assert flags["--steps"] * flags["--accumulate"] == 8 * (416 if kind == "test" else 208)
+            assert flags.get("--init") == (None if task == "sft" else f"{tmp_path}/start-s{flags['--seed']}")
+            assert name.endswith(f"s{flags['--seed']}") or kind == "grid"
 
 
 def test_two_at_a_time(tmp_path):
@@ -106,27 +148,32 @@ def test_two_at_a_time(tmp_path):
 
 # ---- the report
 
-def test_report_by_hand(tmp_path, capsys):
-    """Everything falls from 4 to 2 in 3328 examples, PMA to 2 in half of them and at the end to 1; each twice as far a period."""
+def test_report_by_hand(tmp_path, monkeypatch, capsys):
+    """Everything falls from 4 to 2 in 3328 examples, PMA to 2 in half of them and at the end to 1; each twice as far a period.
+    At all rates but the middle one it stays at 5."""
     lab = study.Lab(tmp_path)
+    monkeypatch.setattr(study, "training", lambda lab, task, name, *_: lab.found.setdefault(f"{task}/{name}", made_up([5, 5, 5])))
     for task in study.TASKS:
-        for method in study.METHODS:
+        for method, family in study.METHODS.items():
+            rate = study.rate(study.TASKS[task].middle[family])
             slow, moved = ([4, 3, 2], 1.0) if method in ("adamw", "lion", "momentum") else ([4, 2, 1], 2.0)
-            for lr in (1e-3, 2e-3):
-                lab.found[f"{task}/grid/{method}-{lr:g}"] = made_up(slow if lr == 1e-3 else [5, 5, 5], method, moved)
+            lab.found[f"{task}/grid/{method}-{rate:g}"] = made_up(slow, method, moved)
             for seed in (1, 2):
-                lab.found[f"{task}/test/{method}-0.001-s{seed}"] = made_up(slow, method, moved)
-        lab.found[f"{task}/k/adamw-0.001-k2-s1"] = made_up([4, 3, 2])
-        lab.found[f"{task}/k/adamw-pma-0.001-k2-s1"] = made_up([4, 2, 1], "adamw-pma")
+                lab.found[f"{task}/test/{method}-{rate:g}-s{seed}"] = made_up(slow, method, moved)
+        lab.found[f"{task}/test/{method}-{rate:g}-s3"] = {**made_up([4, 5], method), "diverged": "the loss is nan"}
+        rate = study.rate(study.TASKS[task].middle["adam"])
+        lab.found[f"{task}/k/adamw-{rate:g}-k2-s1"] = made_up([4, 3, 2])
+        lab.found[f"{task}/k/adamw-pma-{rate:g}-k2-s1"] = made_up([4, 2, 1], "adamw-pma")
     study.report(lab)
     text = capsys.readouterr().out
     assert text == (tmp_path / "tables.md").read_text() + "\n"
-    for line in ("| adamw-pma | **0.001: 1.0000**, 0.002: 5.0000 (at the edge of what was tried) |",
-                 "| adamw-pma | adamw | 0.001 | 2.00 | 2.00 |",
-                 "| adamw-pma | 2 | 1.0000 [1.0000, 1.0000] | 2.00 [2.00, 2.00] | adamw 2 of 2 |",
-                 "| lion-pma | 0.001 | 2.00 [2.00, 2.00] | 0.750 [0.750, 0.750] | 2.00 [2.00, 2.00] | 2.00 [2.00, 2.00] |",
-                 "| 2 | 2.0000 [2.0000, 2.0000] | 1.0000 [1.0000, 1.0000] | 2.00 [2.00, 2.00] |"):
-        assert text.count(line) == 2, line   # SFT and DPO
+    for line in ("| adamw-pma | 0.00133: 5.0000, 0.002: 5.0000, **0.003: 1.0000**, 0.0045: 5.0000, 0.00675: 5.0000 |",
+                 "| adamw-pma | adamw | **0.003** | 1.000 | 2.000 | 2.00 | 2.00 | 2.00 |",
+                 f"| adamw-pma | 2 |{' 1.000 [1.000, 1.000] |' * 2}{' 2.00 [2.00, 2.00] |' * 2} adamw 2 of 2 |",
+                 "| lion-pma | 0.000263 | 2.00 [2.00, 2.00] | 0.750 [0.750, 0.750] | 0 |",
+                 "| momentum | 0.259 | 1.00 [1.00, 1.00] | 0.750 [0.750, 0.750] | 1 |",
+                 "| 2 | 2.000 (one seed) | 1.000 (one seed) | 2.00 (one seed) | 2.00 (one seed) |"):
+        assert line in text, line
     table = json.loads((tmp_path / "sft/compare.json").read_text())
     assert table["runs"]["agma"]["moved_against_baseline"] == [2.0] * 4   # two seeds, two probes after the warm-up
 

@@ -104,6 +104,8 @@ def test_the_cost_to_reach_a_level():
 
 def test_speedup_at_the_lowest_level_that_both_reach():
     slow, fast = [(0, 4.0), (10, 3.0), (20, 2.0)], [(0, 4.0), (10, 2.0), (20, 1.0)]
+    assert plots.speedup(slow, fast, 0.5) == (2.0, "baseline")   # half of the way from 4.0 to 2.0: after 10 and after 5
+    assert plots.speedup([(0, 4.0), (10, 4.0)], fast) == (None, "baseline")   # never below its start
     assert plots.speedup(slow, fast) == (2.0, "baseline")       # 2.0 after 20 and after 10; the slow one never reaches 1.0
     assert plots.speedup(fast, slow) == (0.5, "candidate")
     assert plots.speedup(slow, slow) == (1.0, "")
@@ -118,14 +120,18 @@ def test_compare_by_hand(tmp_path, drawn):
     pma = table["runs"]["adamw-pma"]
     assert pma["speedup_samples"] == pytest.approx([2, 1.5]) and pma["speedup_updates"] == pytest.approx([1, 0.75])
     assert pma["speedup_flops"] == pma["speedup_seconds"] == pma["speedup_samples"]   # both go with the examples here
-    assert pma["lowest"] == [1, 2] and pma["fell_short"] == ["baseline", ""]
+    assert pma["speedup_90_samples"] == pytest.approx([18 / 9, 26 / 18])   # to 2.2 = 4 - 0.9 (4 - 2)
+    assert pma["lowest"] == pma["last"] == [1, 2] and pma["fell_short"] == ["baseline", ""]
     assert table["runs"]["adamw"]["speedup_samples"] == [1, 1]
     assert json.loads((tmp_path / "out/compare.json").read_text()) == table
     figure, = drawn
     shown = lines(figure.axes[0])
     assert shown["adamw (n = 2)"] == ([0, 10, 20], [4, 3, 2.25]) and shown["adamw-pma (n = 2)"] == ([0, 10, 20], [4, 2.5, 1.5])
     text = plots.as_text(table).splitlines()[-1]
-    assert text == "| adamw-pma | 2 | 1.5000 [1.0000, 2.0000] | 1.75 [1.50, 2.00] | adamw 1 of 2 |"
+    fast = "1.72 [1.44, 2.00]"
+    assert text == f"| adamw-pma | 2 | {'1.500 [1.000, 2.000] | ' * 2}1.75 [1.50, 2.00] | {fast} | adamw 1 of 2 |"
+    assert [plots.spread(values) for values in ([1.0], [], [None], [1, 2, None, 4])] == [
+        "1.00 (one seed)", "", "", "2.00 [1.00, 4.00], 1 never"]
 
 
 def test_runs_are_grouped_by_what_differs(tmp_path):
@@ -140,15 +146,34 @@ def test_runs_are_grouped_by_what_differs(tmp_path):
         plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
 
 
+def test_runs_that_do_not_compare_are_refused(tmp_path):
+    def grouped(**other):
+        return plots.grouped([plots.read(folder(tmp_path / str(i), run([4, 3]), **flags))
+                              for i, flags in enumerate(({}, {"optimizer": "lion", **other}))])
+    for other, message in (({"data": "mine"}, "data is mine, not minihh"), ({"eval_samples": 9}, "eval_samples is 9, not None")):
+        with pytest.raises(ValueError, match=f"lion does not compare with adamw: {message}"):
+            plots.compare(grouped(**other), "adamw", tmp_path / "out")
+    runs = grouped()
+    runs["dpo"] = {1: ({"flags": {"optimizer": "lion"}}, DPO)}
+    with pytest.raises(ValueError, match="dpo does not compare with adamw: loss is val_dpo_loss, not val_loss"):
+        plots.compare(runs, "adamw", tmp_path / "out")
+    assert list(grouped(variance_every=5, log_every=1)) == ["adamw", "lion"]
+
+
 def test_variance_picture_shows_these_numbers(tmp_path, drawn):
-    probe = {"step": 0, "samples": 0, "seconds": 1.0, "probe_loss": 3.0, "displacement_variance_relative": 0.25,
-             "update_variance": [0.5, 0.25, 0.125]}
+    probe = {"step": 0, "samples": 0, "seconds": 1.0, "probe_loss": 3.0, "grad_variance": 4.0, "grad_variance_relative": 0.4,
+             "update_variance": [0.5, 0.25, 0.15], "update_variance_relative": [0.05, 0.03, 0.01], "displacement_variance": 2.0,
+             "displacement_variance_relative": 0.2}
     plots.draw(folder(tmp_path / "run", [SFT[0], probe, {**probe, "seconds": 2.0, "probe_loss": 2.0}], optimizer="lion-pma"))
-    time, loss, period = drawn[-1].axes
-    assert lines(time)["lion-pma, tau = 0"] == ([1.0, 2.0], [0.5, 0.5]) and lines(loss)["lion-pma, tau = 2"][1] == [0.125, 0.125]
-    assert [list(xy) for xy in period.get_lines()[0].get_data()] == [[2.0, 3.0], [0.25, 0.25]]   # in the order of the loss
-    assert [axis.get_yscale() for axis in (time, loss, period)] == ["log"] * 3 and loss.xaxis_inverted()
-    assert (tmp_path / "run/variance.png").is_file()
+    for figure, xs in zip(drawn[-2:], ([3.0, 2.0], [1.0, 2.0])):   # against the loss, against time
+        shown = [axis.containers[0] for axis in figure.axes]
+        for (points, _, _), y in zip(shown, (4.0, 0.3, 2.0, 0.4, 0.03, 0.2)):
+            assert list(points.get_xdata()) == xs and list(points.get_ydata()) == pytest.approx([y, y])
+        low_high = [segment[:, 1].tolist() for segment in shown[1][2][0].get_segments()]
+        assert low_high == [pytest.approx([0.15, 0.5])] * 2   # from the lowest to the highest tau
+        assert {axis.get_yscale() for axis in figure.axes} == {"log"}
+    assert drawn[-2].axes[0].xaxis_inverted() and not drawn[-1].axes[0].xaxis_inverted()
+    assert (tmp_path / "run/variance.png").is_file() and (tmp_path / "run/variance-time.png").is_file()
 
 
 def test_probes_of_several_seeds_are_averaged():
@@ -193,7 +218,7 @@ def test_compare_on_the_command_line(tmp_path):
     runs = [str(folder(tmp_path / name, run([4, 3, 2]), optimizer=name)) for name in ("adamw", "lion")]
     done = subprocess.run([sys.executable, script, "compare", *runs, "--x", "updates", "--out", str(tmp_path)],
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "| lion | 1 | 2.0000 [2.0000, 2.0000] | 1.00 (one seed) |  |" in done.stdout
+    assert done.returncode == 0 and f"| lion | 1 {'| 2.000 (one seed) ' * 2}{'| 1.00 (one seed) ' * 2}|  |" in done.stdout
     assert (tmp_path / "compare.png").is_file() and not (tmp_path / "compare-variance.png").exists()
     for arguments, message in ((["compare", runs[1]], "no runs of the baseline 'adamw' among lion"), ([], "required: runs"),
                                (["compare", *runs, "--x", "hours"], "invalid choice"),

@@ -18,7 +18,7 @@ import torch
 import optim
 import train_sft
 import variance
-from files import read_checkpoint
+from files import InputError, read_checkpoint
 
 M, N = 8, 5
 EXACT = dict(rel=1e-9)   # float64 on both sides; variances of numbers near each other lose some digits
@@ -171,6 +171,25 @@ def test_plain_sgd_by_hand():
     assert found["displacement_variance_relative"] == pytest.approx(found["grad_variance_relative"])
 
 
+def test_gradients_are_clipped_as_the_run_clips_them():
+    """Gradients near (1, 1, 1, 1, 1) and, elsewhere in the model, (3, 4): the norm is over all parameters, not over the block."""
+    model, other = Linear(), torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = torch.optim.SGD([*model.parameters(), other], 0.1)
+    drawn = []
+
+    def losses(rng):
+        xs = torch.from_numpy(1 + 0.1 * rng.normal(size=(2, N)))
+        drawn.append(xs.mean(0).numpy())
+        return ((model.loss(x) + other @ torch.tensor([3.0, 4.0]).double()) / 2 for x in xs)
+    found = variance.measure(optimizer, model, losses, 2, 2, [0], grad_clip=2.0)
+    norms = [math.sqrt((g ** 2).sum() + 25) for g in drawn[:M]]
+    assert min(norms) > 5
+    expected = relative([g * 2 / (norm + 1e-6) for g, norm in zip(drawn, norms)])
+    assert (found["grad_variance"], found["grad_variance_relative"]) == pytest.approx(expected, **EXACT)
+    loose = variance.measure(optimizer, model, losses, 2, 2, [0], grad_clip=100.0)   # larger than any: the same as none
+    assert loose == variance.measure(optimizer, model, losses, 2, 2, [0])
+
+
 def test_nothing_moves_at_rate_0():
     model = Linear()
     found = variance.measure(optim.AdamWPMA(model.parameters(), 0.0, period=2), model, Draws(model, 2), 2, 1, [0])
@@ -203,13 +222,16 @@ def test_a_run_with_probes_is_bit_identical_to_one_without(tmp_path, monkeypatch
     """Dropout on: the probe's forward passes draw random numbers too."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     cfg = train_sft.Config(steps=5, micro_batch=4, accumulate=3, eval_every=5, eval_samples=8, eval_answers=0, lr=1e-3,
-                           dropout=0.1, optimizer=name)
+                           dropout=0.1, optimizer=name, warmup=2)
     for folder, every in (("with", 2), ("without", None)):
         train_sft.main(replace(cfg, out=str(tmp_path / folder), variance_every=every))
     one, two = (read_checkpoint(tmp_path / folder / "last.pt") for folder in ("with", "without"))
     assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
     assert str(one["optimizer"]) == str(two["optimizer"]) and torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     events = [json.loads(line) for line in Path(tmp_path / "with/metrics.jsonl").read_text().splitlines()]
+    if name == "lion":   # each coordinate goes lr or not at all: the rate is that of the step itself, in the warm-up too
+        moved = [e["displacement_rms"] for e in events if "displacement_rms" in e]
+        assert moved == pytest.approx([1e-3 / 3, 1e-3, moved[2]], rel=1e-3) and moved[2] < 1e-3
     assert [e["step"] for e in events if "update_variance" in e] == [0, 2, 4]
     assert {len(e["update_variance"]) for e in events if "update_variance" in e} == {1 if name == "lion" else 3}
     assert (tmp_path / "with/variance.png").exists() and not (tmp_path / "without/variance.png").exists()
@@ -221,6 +243,12 @@ def test_accumulating_k_times_as_much_divides_the_variance_by_k():
     at = {K: np.mean([variance.measure(torch.optim.SGD(model.parameters(), 0.1), model, Draws(model, K, 0.0), K, K, [seed])
                       ["grad_variance"] for seed in range(60)]) for K in (1, 16)}
     assert at[1] / at[16] == pytest.approx(16, rel=0.15)   # a variance of 60 * 5 estimates of 8 is known to about 4 %
+
+
+def test_a_block_that_does_not_train_is_one_clear_line():
+    model = Linear().requires_grad_(False)
+    with pytest.raises(InputError, match="none of its parameters trains"):
+        variance.measure(None, model, None, 1, 1, [0])
 
 
 def test_only_the_block_is_looked_at_and_frozen_parameters_are_left_out():
