@@ -5,6 +5,7 @@ How fast is it? Ratios within one run, since a machine's speed drifts.
     python -m studies.bench optim --model gpt2-medium
 """
 import argparse
+import random
 import statistics
 import time
 
@@ -26,7 +27,8 @@ def optim_steps(name, rounds=25):
     compared |= {key: optim.make(key, model, 1e-6, None, 0.1, K) for key in ("adamw-pma", "agma", "lion", "lion-pma")}
     took = {key: [] for key in compared}
     for turn in range(rounds + 1):   # the first allocates the state
-        for key, optimizer in compared.items():
+        for key in random.Random(turn).sample(list(compared), len(compared)):   # who follows whom should not matter
+            optimizer = compared[key]
             start = time.perf_counter()
             optimizer.step()
             if turn:

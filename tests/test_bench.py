@@ -31,4 +31,5 @@ def test_every_optimizer_steps_every_round(monkeypatch):
         return optimizer
     monkeypatch.setattr(bench.optim, "make", make)
     bench.optim_steps("mini", rounds=3)
-    assert stepped == ["adamw", "adamw-pma", "agma", "lion", "lion-pma"] * 4
+    rounds = [tuple(stepped[i:i + 5]) for i in range(0, 20, 5)]
+    assert all(sorted(names) == ["adamw", "adamw-pma", "agma", "lion", "lion-pma"] for names in rounds) and len(set(rounds)) > 1
