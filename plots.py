@@ -137,8 +137,8 @@ def variance(groups, path, x="probe_loss", title=""):
     """What the probes found: groups of (label, colour, marker, list of runs' events), against the training loss or the seconds.
 
     Above raw, below divided by the mean square, log axes; of several runs the mean. Left the gradient of one step(). Middle the
-    update, mean and range over the taus of a period. Right the displacement of a whole period, which compares fairly: at a single
-    tau, PMA and AGMA give the newest gradient a small weight by construction.
+    update, mean and range over the taus of a period. Right the displacement of a whole period, which compares fairly where it is
+    relative: at a single tau, PMA and AGMA give the newest gradient a small weight by construction.
     """
     figure, axes = canvas(3, 2, height=6.5)
     for label, color, marker, runs in groups:
@@ -151,12 +151,11 @@ def variance(groups, path, x="probe_loss", title=""):
                 middle = [statistics.fmean(y) for y in found]
                 reach = [[m - min(y) for m, y in zip(middle, found)], [max(y) - m for m, y in zip(middle, found)]]
                 line = "-" if x == "seconds" else ""   # the loss of a probe is a draw too: points, in no order
-                axis.errorbar(xs, middle, reach, fmt=marker + line, color=color, markersize=4, linewidth=0.8, label=label)
-    names = ("gradient of one step", "update u: mean and range over tau", "displacement of a period (compares fairly)")
+                axis.errorbar(xs, middle, reach, fmt=marker + line, color=color, markersize=6, linewidth=0.8, label=label)
+    names = ("gradient of one step", "update u: mean and range over tau", "displacement of a period", "", "", "(compares fairly)")
     for i, axis in enumerate(axes):
         axis.set_yscale("log")
-        if i < 3:
-            axis.set_title(names[i], fontsize=10)
+        axis.set_title(names[i], fontsize=10)
         if x == "probe_loss":
             axis.set_xscale("log")
             axis.invert_xaxis()   # training goes to the right
