@@ -244,7 +244,7 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
     key = loss_key(events)
     for label, others, events in everyone:
         for what, one, two in (("loss", key, loss_key(events)), *((name, flags.get(name), others.get(name)) for name in (
-                "data", "half", "eval_samples", "loss_on", "beta"))):
+                "data", "half", "eval_samples", "loss_on", "beta", "micro_batch"))):
             if one != two:
                 raise ValueError(f"{label} does not compare with {baseline}: {what} is {two}, not {one}")
     table = {"loss": key, "baseline": baseline, "runs": {}}
@@ -254,7 +254,7 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
         optimizer = next(iter(runs.values()))[0]["flags"]["optimizer"]
         style = styles.setdefault(optimizer, iter(("-", "--", ":", "-.") * 9))
         drawn = COLORS[optimizer], next(style)
-        row = table["runs"][label] = {"color": drawn[0], "style": drawn[1], "seeds": sorted(runs),
+        row = table["runs"][label] = {"seeds": sorted(runs),
                                       "lowest": [curve(runs[s][1], "samples", key)[-1][1] for s in sorted(runs)],
                                       "last": [[e[key] for e in runs[s][1] if key in e][-1] for s in sorted(runs)]}
         both = sorted(set(runs) & set(labelled[baseline]))
@@ -280,8 +280,8 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
     probed = {label: found for label, runs in labelled.items() if (noisy is None or label in noisy)
               and (found := [e for _, e in runs.values() if any("update_variance" in event for event in e)])}
     if probed:
-        variance([(label, table["runs"][label]["color"], marker, found) for (label, found), marker in zip(
-            probed.items(), ".xsd^v*+" * 9)], folder / "compare-variance.png", title=title)
+        colors = [COLORS[next(iter(labelled[label].values()))[0]["flags"]["optimizer"]] for label in probed]
+        variance(list(zip(probed, colors, ".xsd^v*+" * 9, probed.values())), folder / "compare-variance.png", title=title)
     (folder / "compare.json").write_text(json.dumps(table, indent=1))
     return table
 

@@ -2,7 +2,6 @@
 How fast is it? Ratios within one run, since a machine's speed drifts.
 
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
-    python -m studies.bench optim --model gpt2-medium
 """
 import argparse
 import random
@@ -15,7 +14,7 @@ import model as gpt
 import optim
 
 
-def optim_steps(name, rounds=25):
+def optim_steps(name="gpt2", rounds=25):
     """Rounds of one step() of every optimizer in turn, on the same weights with the same gradients (fp32). Prints the median and
     the range over rounds of each one's time over that of torch's fused AdamW in the same round, and its state's bytes."""
     model = gpt.GPT(gpt.SIZES[name])
@@ -45,6 +44,5 @@ def optim_steps(name, rounds=25):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["optim"])
-    parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
-    options = parser.parse_args()
-    optim_steps(options.model)
+    parser.parse_args()
+    optim_steps()

@@ -235,10 +235,13 @@ def work(lab):
 
 def report(lab):
     lab.stop.set()   # search() starts nothing now
-    text = []
+    text = [f"{len(lab.found)} runs are done.", ""]
     for task in TASKS:
         grids = {method: search(lab, task, method) for method in METHODS}
-        if None not in grids.values():
+        if None in grids.values():
+            missing = ", ".join(method for method, grid in grids.items() if grid is None)
+            text += [f"{task.upper()}: the learning rates of {missing} are not found yet.", ""]
+        else:
             text += [f"## {task.upper()}", "", *rates(task, grids), "", *shared_rate(lab, task, grids), ""]
             groups = {name: events for name, (optimizer, lr) in chosen(grids).items()
                       if (events := seeds(lab, f"{task}/test/{optimizer}-{lr:g}"))}
@@ -338,6 +341,8 @@ def main():
     parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
     parser.add_argument("--results", default="results/optimizers", help="folder of the results")
     options = parser.parse_args()
+    if not options.minutes > 0:
+        raise InputError(f"--minutes: expected a number above 0, found {options.minutes}")
     lab = Lab(options.results)
     if not options.report:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
