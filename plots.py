@@ -183,12 +183,15 @@ COSTS = {"samples": "examples seen", "updates": "updates of the weights", "flops
 
 
 def grouped(runs):
-    """[(config, events), ...] -> {label: {seed: (config, events)}}. A label is the optimizer, and what differs among its runs."""
+    """[(config, events), ...] -> {label: {seed: (config, events)}}. A label is the optimizer, what differs among its runs (their
+    --init may go with the seed), and K where it is not the same for all optimizers."""
     labels, all_flags = {}, [config["flags"] for config, _ in runs]
     for config, events in runs:
         flags = config["flags"]
         same = [other for other in all_flags if other["optimizer"] == flags["optimizer"]]
-        differ = [key for key in flags if key not in IMMATERIAL and any(other.get(key) != flags[key] for other in same)]
+        rivals = {"accumulate": all_flags, "init": [other for other in same if other["seed"] == flags["seed"]]}
+        differ = [key for key in flags if key not in IMMATERIAL
+                  and any(other.get(key) != flags[key] for other in rivals.get(key, same))]
         label = ", ".join([flags["optimizer"], *(f"{key.replace('_', ' ')} {flags[key]}" for key in differ)])
         group = labels.setdefault(label, {})
         if flags["seed"] in group:

@@ -140,6 +140,12 @@ def test_runs_are_grouped_by_what_differs(tmp_path):
             for name, seed, lr in [("adamw", 1, 0.1), ("adamw", 2, 0.1), ("adamw", 1, 0.2), ("lion", 1, 0.01)]]
     assert {label: sorted(group) for label, group in plots.grouped(runs).items()} == {
         "adamw, lr 0.1": [1, 2], "adamw, lr 0.2": [1], "lion": [1]}
+    def grouped(*which):
+        names = "optimizer", "seed", "init", "accumulate"
+        return list(plots.grouped([({"flags": dict(zip(names, flags))}, []) for flags in which]))
+    assert grouped(("adamw", 1, "sft-1", 8), ("adamw", 2, "sft-2", 8), ("lion", 1, "sft-1", 8)) == ["adamw", "lion"]
+    assert grouped(("adamw", 1, "a", 8), ("adamw", 1, "b", 8)) == ["adamw, init a", "adamw, init b"]
+    assert grouped(("adamw", 1, "a", 8), ("lion", 1, "a", 4)) == ["adamw, accumulate 8", "lion, accumulate 4"]
     with pytest.raises(ValueError, match="two runs of lion with seed 1"):
         plots.grouped([*runs, runs[-1]])
     with pytest.raises(ValueError, match="no runs of the baseline 'adamw' among adamw, lr 0.1"):
