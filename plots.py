@@ -225,7 +225,7 @@ def speedup(baseline, candidate, share=1.0):
     lowest that both reach, and which of the two ("baseline", "candidate" or "") never reaches the other's lowest. None for the
     ratio where one of them never gets below its start."""
     lowest = baseline[-1][1], candidate[-1][1]
-    level = baseline[0][1] + share * (max(lowest) - baseline[0][1])
+    level = share * max(lowest) + (1 - share) * baseline[0][1]   # at share 1 to the bit, or one of them would not reach it
     costs = [cost_to_reach(points, level) for points in (baseline, candidate)]
     short = "" if lowest[0] == lowest[1] else "baseline" if lowest[0] > lowest[1] else "candidate"
     return (costs[0] / costs[1] if costs[0] and costs[1] else None), short

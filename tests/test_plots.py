@@ -4,6 +4,7 @@ plots.py: a picture shows the numbers of metrics.jsonl, in the unit it names.
     python -m pytest -q tests/test_plots.py
 """
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -189,6 +190,16 @@ def test_probes_of_several_seeds_are_averaged():
 
 
 # ---- properties -------------------------------------------------------------------------------------------------------------
+
+def test_both_reach_the_lowest_level_that_both_reach():
+    """Whatever the rounding: two falling curves from one start have a speedup, the inverse of the one the other way round."""
+    draw = random.Random(1)
+    for _ in range(300):
+        one, two = ([(0, 7.6209)] + [(step, 7.6209 * draw.random() / step) for step in range(1, 6)] for _ in range(2))
+        one, two = (plots.curve([{"x": x, "y": y} for x, y in points], "x", "y") for points in (one, two))
+        there, back = plots.speedup(one, two), plots.speedup(two, one)
+        assert there[0] * back[0] == pytest.approx(1) and {there[1], back[1]} == {"baseline", "candidate"}
+
 
 def test_a_cdpo_picture_leaves_out_the_training_loss_that_does_not_compare(tmp_path, drawn):
     plots.draw(folder(tmp_path / "run", DPO, loss="cdpo", beta=0.1, gamma=10.0))
