@@ -302,18 +302,33 @@ def comparison(lab, task, groups, runs):
     base = {seed: events for seed, (_, events) in groups["adamw"].items()}
     lines = [f"{STEPS} steps of {K} micro-batches, each method at its own rate, test split; median and [range] over seeds.", "",
              plots.as_text(table), "",
-             "| | rate | a period moves, against adamw's (last block, probes of two seeds) | last held-out accuracy | diverged |",
-             "| --- | --- | --- | --- | --- |"]
+             "| | rate | a period moves, against adamw's (last block, probes of two seeds) | relative variance of that | last "
+             "held-out accuracy | diverged |", "| --- | --- | --- | --- | --- | --- |"]
     for name, by_seed in groups.items():
         moved = [b["displacement_rms"] / a["displacement_rms"] for seed, (_, events) in by_seed.items() if seed in base
                  for a, b in zip(after_warmup(base[seed]), after_warmup(events))]
+        noise = [e["displacement_variance_relative"] for _, events in by_seed.values() for e in after_warmup(events)]
         accuracy = [events[-1].get("val_reward_accuracy", events[-1]["val_logp_accuracy"]) for _, events in by_seed.values()]
         row = table["runs"][name]
-        row |= {"rate": runs[name][1], "moved_against_baseline": moved, "last_accuracy": accuracy,
+        row |= {"rate": runs[name][1], "moved_against_baseline": moved, "relative_variance": noise, "last_accuracy": accuracy,
                 "diverged": sum("diverged" in run for run, _ in by_seed.values())}
-        lines.append(f"| {name} | {runs[name][1]:g} | {plots.spread(moved)} | {plots.spread(accuracy, 3)} | {row['diverged']} |")
+        lines.append(f"| {name} | {runs[name][1]:g} | {plots.spread(moved)} | {plots.spread(noise)} | "
+                     f"{plots.spread(accuracy, 3)} | {row['diverged']} |")
     (folder / "compare.json").write_text(json.dumps(table, indent=1))
+    lines += ["", "The same speedups over other baselines.", "",
+              "| | over | to the lowest loss that both reach | to 90 % of the way there |", "| --- | --- | --- | --- |"]
+    for name, base in (("adamw-pma", "adamw-matched"), ("lion-pma", "lion"), ("lion-pma", "lion-matched")):
+        if name in groups and base in groups:
+            curves = [{seed: plots.curve(events, "samples", TASKS[task].loss) for seed, (_, events) in groups[which].items()}
+                      for which in (base, name)]
+            lines.append(f"| {name} | {base} | {' | '.join(speedups(*curves))} |")
     return lines
+
+
+def speedups(baseline, candidate):
+    """Of {seed: curve} and {seed: curve}: to the lowest loss that both reach and to 90 % of the way there, over common seeds."""
+    both = [(baseline[seed], candidate[seed]) for seed in baseline if seed in candidate]
+    return [plots.spread([plots.speedup(*two, share)[0] for two in both]) for share in (1, 0.9)]
 
 
 def periods(lab, task, groups, runs):
@@ -329,10 +344,8 @@ def periods(lab, task, groups, runs):
             pair.append({seed: plots.curve([e for e in events if e["micro_step"] <= half], "samples", TASKS[task].loss)
                          for seed, (_, events) in found.items() if seed <= 3})
         if pair[0] and pair[1]:
-            both = [(pair[0][seed], pair[1][seed]) for seed in pair[0] if seed in pair[1]]
             columns = [plots.spread([points[-1][1] for points in found.values()], 3) for found in pair]
-            columns += [plots.spread([plots.speedup(*two, share)[0] for two in both]) for share in (1, 0.9)]
-            lines.append(f"| {k} | {' | '.join(columns)} |")
+            lines.append(f"| {k} | {' | '.join(columns + speedups(*pair))} |")
     return lines
 
 

@@ -171,8 +171,9 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
                  "| adamw-pma | adamw | **0.003** | 1.000 | 2.000 | 2.00 | 2.00 |",
                  "| adamw-pma | adamw | 0.002 | 5.000 | 5.000 | none | 1.00 |",
                  f"| adamw-pma | 2 |{' 1.000 [1.000, 1.000] |' * 2}{' 2.00 [2.00, 2.00] |' * 2} adamw 2 of 2 |",
-                 "| lion-pma | 0.000263 | 2.00 [2.00, 2.00] | 0.750 [0.750, 0.750] | 0 |",
-                 "| momentum | 0.259 | 1.00 [1.00, 1.00] | 0.750 [0.750, 0.750] | 1 |",
+                 "| lion-pma | 0.000263 | 2.00 [2.00, 2.00] | 0.10 [0.10, 0.10] | 0.750 [0.750, 0.750] | 0 |",
+                 "| momentum | 0.259 | 1.00 [1.00, 1.00] | 0.10 [0.10, 0.10] | 0.750 [0.750, 0.750] | 1 |",
+                 "| lion-pma | lion | 2.00 [2.00, 2.00] | 2.00 [2.00, 2.00] |",
                  "| 2 | 2.000 (one seed) | 1.000 (one seed) | 2.00 (one seed) | 2.00 (one seed) |"):
         assert line in text, line
     table = json.loads((tmp_path / "sft/compare.json").read_text())
