@@ -155,6 +155,9 @@ def variance(groups, path, x="probe_loss", title=""):
     names = ("gradient of one step", "update u: mean and range over tau", "displacement of a period", "", "", "(compares fairly)")
     for i, axis in enumerate(axes):
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        if high < 10 * low:   # a decade at least, or scatter of one per cent would fill the panel
+            axis.set_ylim(low / 3, high * 3)
         axis.set_title(names[i], fontsize=10)
         if x == "probe_loss":
             axis.set_xscale("log")

@@ -179,6 +179,7 @@ def test_variance_picture_shows_these_numbers(tmp_path, drawn):
         low_high = [segment[:, 1].tolist() for segment in shown[1][2][0].get_segments()]
         assert low_high == [pytest.approx([0.15, 0.5])] * 2   # from the lowest to the highest tau
         assert {axis.get_yscale() for axis in figure.axes} == {"log"}
+        assert all(high > 9 * low for low, high in (axis.get_ylim() for axis in figure.axes))
     assert drawn[-2].axes[0].xaxis_inverted() and not drawn[-1].axes[0].xaxis_inverted()
     assert (tmp_path / "run/variance.png").is_file() and (tmp_path / "run/variance-time.png").is_file()
 
