@@ -1,7 +1,7 @@
 """
 Do periodical averages beat gradient accumulation? Seven optimizers, SFT and DPO on minihh, 8 micro-batches a step, five seeds.
 
-    python -m studies.optimizers                 # everything: about 2.5 hours on 2 cores
+    python -m studies.optimizers                 # everything: about 3 hours on 2 cores
     python -m studies.optimizers --minutes 30    # a piece of it: stops after 30 minutes; call it again to go on
     python -m studies.optimizers --report        # tables and pictures of what is there
     python -m studies.optimizers --results DIR   # anew: what is in results/optimizers is not made again
@@ -275,8 +275,8 @@ def shared_rate(lab, task, grids):
     """The papers' protocol, read off the grid: two methods at one rate, one seed, and how far a period of each goes."""
     lines = ["Both at the same rate (the papers' protocol), half length, valid split, **n = 1**; bold: the other's own rate. "
              "Evaluations are 104 steps apart: the straight line between two of them pulls a speedup towards 1.", "",
-             "| | against | rate | last loss | the other's | speedup in samples | a period moves, ratio |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+             "| | against | rate | last loss | the other's | the other's at 1.5 times the rate | speedup in samples | "
+             "a period moves, ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for method, base in (("adamw-pma", "adamw"), ("agma", "adamw"), ("adamw-noaccum", "adamw"), ("lion-pma", "lion")):
         own = min(grids[base], key=grids[base].get)
         for lr in sorted(set(grids[method]) & set(grids[base])):
@@ -285,8 +285,10 @@ def shared_rate(lab, task, grids):
                 curves = [plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)]
                 ratio = plots.speedup(*curves)[0]   # None where one never gets below its start
                 moved = [after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
+                higher = "".join(f"{loss:.3f}" for other, loss in grids[base].items() if abs(other / lr - 1.5) < 0.01)
                 lines.append(f"| {method} | {base} | {f'**{lr:g}**' if lr == own else f'{lr:g}'} | {grids[method][lr]:.3f} | "
-                             f"{grids[base][lr]:.3f} | {f'{ratio:.2f}' if ratio else 'none'} | {moved[1] / moved[0]:.2f} |")
+                             f"{grids[base][lr]:.3f} | {higher} | {f'{ratio:.2f}' if ratio else 'none'} | "
+                             f"{moved[1] / moved[0]:.2f} |")
     return lines
 
 

@@ -168,8 +168,8 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text == (tmp_path / "tables.md").read_text() + "\n"
     for line in ("| adamw-pma | 0.00133: 5.0000, 0.002: 5.0000, **0.003: 1.0000**, 0.0045: 5.0000, 0.00675: 5.0000 |",
-                 "| adamw-pma | adamw | **0.003** | 1.000 | 2.000 | 2.00 | 2.00 |",
-                 "| adamw-pma | adamw | 0.002 | 5.000 | 5.000 | none | 1.00 |",
+                 "| adamw-pma | adamw | **0.003** | 1.000 | 2.000 | 5.000 | 2.00 | 2.00 |",
+                 "| adamw-pma | adamw | 0.002 | 5.000 | 5.000 | 2.000 | none | 1.00 |",
                  f"| adamw-pma | 2 |{' 1.000 [1.000, 1.000] |' * 2}{' 2.00 [2.00, 2.00] |' * 2} adamw 2 of 2 |",
                  "| lion-pma | 0.000263 | 2.00 [2.00, 2.00] | 0.10 [0.10, 0.10] | 0.750 [0.750, 0.750] | 0 |",
                  "| momentum | 0.259 | 1.00 [1.00, 1.00] | 0.10 [0.10, 0.10] | 0.750 [0.750, 0.750] | 1 |",
