@@ -114,7 +114,7 @@ class Lab:
             if text and not text.endswith("\n"):
                 write_atomically(self.file, text[:text.rfind("\n") + 1].encode())
             with open(self.file, "a") as f:
-                f.write(json.dumps({"name": name, **run}) + "\n")
+                f.write(json.dumps({"name": name, **run}, separators=(",", ":")) + "\n")
         what = run.get("diverged") or f"{run['events'][-1]['seconds']:.0f} s of training"
         print(f"{time.strftime('%H:%M:%S')} {name}: {what}", flush=True)
 
@@ -142,7 +142,7 @@ def summary(folder):
         return float(f"{value:.5g}") if isinstance(value, float) else value
     config, events = plots.read(folder)
     return {"flags": {key: config["flags"][key] for key in ("optimizer", "lr", "seed", "accumulate", "steps")},
-            "init_sha256": config["init_sha256"], "commit": config["commit"],
+            "commit": config["commit"],
             "events": [{key: short(e[key]) for key in KEPT if key in e} for e in events
                        if "val_logp_accuracy" in e or "probe_loss" in e]}
 
