@@ -6,7 +6,7 @@ demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: ab
 	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite
 	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo --out $(DEMO)-eval
-	@echo "pictures: $(DEMO)-sft/loss.png $(DEMO)-dpo/loss.png $(DEMO)-dpo/accuracy.png"
+	@echo "pictures: $(DEMO)-sft/loss.png $(DEMO)-sft/accuracy.png $(DEMO)-dpo/loss.png $(DEMO)-dpo/accuracy.png"
 
 test: .venv/ready   ## ruff and the whole test suite
 	$(BIN)/ruff check .
