@@ -141,10 +141,12 @@ def write_checkpoint(path, checkpoint):
     os.replace(part, path)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, keys=("model", "model_config")):
+    """What write_checkpoint wrote, with these keys in it."""
     checkpoint = torch_load(path)
-    if not {"sha256", "model", "model_config"} <= checkpoint.keys():
-        raise InputError(f"{path}: not a checkpoint of this project (its keys: {', '.join(map(str, checkpoint))[:80]})")
+    if not {"sha256", *keys} <= checkpoint.keys():
+        raise InputError(f"{path}: expected a file of this project with {', '.join(keys)}, found "
+                         f"{', '.join(map(str, checkpoint))[:80] or 'nothing'}")
     if checkpoint.pop("sha256") != fingerprint(checkpoint):
         raise InputError(f"{path}: damaged: the SHA-256 of its content is not the one it was written with")
     return checkpoint

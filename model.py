@@ -147,12 +147,17 @@ class GPT(nn.Module):
         return _generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator)
 
 
-def flops(config, lengths, scored):
-    """FLOPs of one forward pass over sequences of these lengths with the head at `scored` positions; backward costs twice
-    that. 2 per weight and token, and 4 C per layer and attended position (FORMULAS.md section 10)."""
+def flops(config, lengths, scored, backward=False, rank=0):
+    """FLOPs of a forward pass over sequences of these lengths with the head at `scored` positions, or of forward and backward: 2
+    per weight and token, 4 C per layer and attended position, and twice that to go back. With LoRA of this rank, frozen matrices
+    need the gradient of their input only (FORMULAS.md section 10)."""
     tokens, attended = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    blocks = 12 * config.n_layer * config.n_embd ** 2
-    return 2 * blocks * tokens + 4 * config.n_layer * config.n_embd * attended + 2 * config.vocab_size * config.n_embd * scored
+    matrices = 24 * config.n_layer * config.n_embd ** 2 * tokens + 2 * config.vocab_size * config.n_embd * scored
+    adapters = 32 * config.n_layer * config.n_embd * rank * tokens   # in + out of the four adapted layers: 16 C
+    attention = 4 * config.n_layer * config.n_embd * attended
+    if not backward:
+        return matrices + adapters + attention
+    return (2 if rank else 3) * matrices + 3 * (adapters + attention)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # generation
@@ -283,9 +288,9 @@ def load(name, dropout=0.0, block_size=None):
     if state is None:
         return GPT(cut)
     wpe = state.get("wpe.weight")
-    if wpe is not None and wpe.shape[:1] == (config.block_size,):   # anything else is for _build to refuse
+    if wpe is not None and wpe.shape[:1] == (config.block_size,):   # anything else is for build to refuse
         state["wpe.weight"] = wpe[:cut.block_size].clone()
-    return _build(cut, state, name)
+    return build(cut, state, name)
 
 
 def _read(name):
@@ -301,6 +306,8 @@ def _read(name):
         checkpoint = read_checkpoint(path if path.is_file() else path / "best.pt")
         if checkpoint["model_config"].keys() != asdict(GPTConfig()).keys():
             raise InputError(f"{name}: a checkpoint of another version, with {', '.join(checkpoint['model_config'])}")
+        if "wte.weight" not in checkpoint["model"]:
+            raise InputError(f"{name}: holds only what a LoRA run trains: give the run's folder, whose best.pt is merged")
         return GPTConfig(**checkpoint["model_config"]), checkpoint["model"]
     if path.is_dir():
         return from_folder(path)
@@ -308,7 +315,7 @@ def _read(name):
                      "or hf:OWNER/REPOSITORY")
 
 
-def _build(config, state, source):
+def build(config, state, source):
     """A model that takes over the tensors of `state`: no random initialisation, every key and shape accounted for."""
     with torch.device("meta"):
         model = GPT(config)
@@ -361,6 +368,8 @@ def from_folder(folder):
 def export(model, folder):
     """Write config.json and model.safetensors, which transformers' GPT2LMHeadModel.from_pretrained(folder) loads."""
     folder, c = Path(folder), model.config
+    if hasattr(model, "lora"):
+        raise InputError("the model has adapters: export a merged copy, lora.merged(model)")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty: nothing is overwritten")
     folder.mkdir(parents=True, exist_ok=True)

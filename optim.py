@@ -277,6 +277,7 @@ class Recipe(NamedTuple):
     make: Callable        # (groups, lr, betas, K) -> optimizer
     betas: tuple          # the default; SGD's only "beta" is its momentum
     accumulates: bool     # whether one update takes a step's K micro-batches together; else K updates take one each
+    state: int            # numbers of state a parameter
 
 
 def _torch(kind):
@@ -297,22 +298,22 @@ def _noaccum(groups, lr, betas, K):
 
 
 OPTIMIZERS = {
-    "sgd":                 Recipe(_sgd(), (), True),
-    "momentum":            Recipe(_sgd(), (0.9,), True),
-    "nesterov":            Recipe(_sgd(nesterov=True), (0.9,), True),
-    "adam":                Recipe(_torch(torch.optim.Adam), (0.9, 0.999), True),   # decay as L2, not decoupled
-    "adamw":               Recipe(_torch(torch.optim.AdamW), (0.9, 0.99), True),
-    "adamw-noaccum":       Recipe(_noaccum, (0.9, 0.99), False),
-    "adamw-pma-schedule":  Recipe(_ours(AdamWSchedule), (0.9, 0.99), False),
-    "adamw-pma":           Recipe(_ours(AdamWPMA), (0.9, 0.99), False),
-    "adamw-pma-norescale": Recipe(_ours(AdamWPMA, rescale=False), (0.9, 0.99), False),
-    "agma":                Recipe(_ours(AGMA), (0.9, 0.99), False),
-    "agma-linear":         Recipe(_ours(AGMA, small_lr="linear"), (0.9, 0.99), False),
-    "agma-sgd":            Recipe(_ours(AGMA, small_lr="linear", small_step="sgd"), (0.9, 0.99), False),
-    "agma-decay":          Recipe(_ours(AGMA, small_lr="decay"), (0.9, 0.99), False),
-    "agma-perturb":        Recipe(_ours(AGMA, perturb=0.1), (0.9, 0.99), False),   # a tenth of a large step's size, our choice
-    "lion":                Recipe(lambda groups, lr, betas, K: Lion(groups, lr, betas), (0.95, 0.98), True),
-    "lion-pma":            Recipe(_ours(LionPMA), (0.95, 0.98), False),
+    "sgd":                 Recipe(_sgd(), (), True, 0),
+    "momentum":            Recipe(_sgd(), (0.9,), True, 1),
+    "nesterov":            Recipe(_sgd(nesterov=True), (0.9,), True, 1),
+    "adam":                Recipe(_torch(torch.optim.Adam), (0.9, 0.999), True, 2),   # decay as L2, not decoupled
+    "adamw":               Recipe(_torch(torch.optim.AdamW), (0.9, 0.99), True, 2),
+    "adamw-noaccum":       Recipe(_noaccum, (0.9, 0.99), False, 2),
+    "adamw-pma-schedule":  Recipe(_ours(AdamWSchedule), (0.9, 0.99), False, 2),
+    "adamw-pma":           Recipe(_ours(AdamWPMA), (0.9, 0.99), False, 2),
+    "adamw-pma-norescale": Recipe(_ours(AdamWPMA, rescale=False), (0.9, 0.99), False, 2),
+    "agma":                Recipe(_ours(AGMA), (0.9, 0.99), False, 2),
+    "agma-linear":         Recipe(_ours(AGMA, small_lr="linear"), (0.9, 0.99), False, 2),
+    "agma-sgd":            Recipe(_ours(AGMA, small_lr="linear", small_step="sgd"), (0.9, 0.99), False, 2),
+    "agma-decay":          Recipe(_ours(AGMA, small_lr="decay"), (0.9, 0.99), False, 2),
+    "agma-perturb":        Recipe(_ours(AGMA, perturb=0.1), (0.9, 0.99), False, 2),   # a tenth of a large step's size, our choice
+    "lion":                Recipe(lambda groups, lr, betas, K: Lion(groups, lr, betas), (0.95, 0.98), True, 1),
+    "lion-pma":            Recipe(_ours(LionPMA), (0.95, 0.98), False, 1),
 }
 
 
@@ -344,6 +345,19 @@ def per_update(name, accumulate):
     """Micro-batches whose gradients one step() takes: all of a step's with accumulation, else 1. One micro-batch's share of the
     step's mean loss is then to be multiplied by accumulate / per_update, so that the same gradients enter."""
     return accumulate if _recipe(name).accumulates else 1
+
+
+def footprint(name, model):
+    """What trains, of how much, and the bytes of the state that the optimizer `name` keeps for it."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return {"parameters": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in trainable),
+            "optimizer_bytes": sum(p.numel() * p.element_size() for p in trainable) * _recipe(name).state}
+
+
+def describe(size):
+    share = size["trainable"] / size["parameters"]
+    return (f"trains {size['trainable']:,} of {size['parameters']:,} parameters ({share:.3%}), optimizer state "
+            f"{size['optimizer_bytes'] / 1e6:,.1f} MB")
 
 
 def _recipe(name):

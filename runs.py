@@ -3,7 +3,8 @@ What every script needs around its loop: flags from a dataclass, device and seed
 and the progress line.
 
 A run folder holds config.json (every flag, versions, counts), metrics.jsonl (one object an event, append-only), last.pt (to
-resume from), best.pt (what the next stage loads), samples.txt and pictures. One process writes a folder at a time.
+resume from: what trains, the optimizer, the generators), best.pt (what the next stage loads: a whole GPT), with LoRA adapter.pt
+(the adapters of best.pt alone), samples.txt and pictures. One process writes a folder at a time.
 """
 import argparse
 import contextlib
@@ -58,6 +59,10 @@ class Config:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"   # after the warm-up; the last two end at a tenth of --lr
     warmup: int = 0                           # steps of linear rise
     grad_clip: float = 1.0                    # largest norm of an update's gradient; 0: no clipping
+    lora_rank: int = 0                        # train adapters of this rank beside frozen weights (lora.py); 0: train the weights
+    lora_alpha: float | None = None           # the adapters' scale is alpha / rank; twice the rank unless given
+    lora_dropout: float = 0.0                 # on the adapters' input
+    lora_bias: Literal["none", "lora_only", "all"] = "none"   # biases that train too: of adapted layers, or all
     eval_every: int = 100                     # steps between evaluations; also at step 0 and at the end
     eval_samples: int = 200                   # validation pairs an evaluation looks at
     eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker
@@ -127,7 +132,7 @@ def validate(cfg):
     """What argparse cannot see: numbers that make no sense."""
     for name, low in {"steps": 0, "epochs": 0, "stop_at": 1, "micro_batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0,
                       "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "log_every": 1,
-                      "eval_answers": 0, "variance_every": 1,
+                      "eval_answers": 0, "variance_every": 1, "lora_rank": 0,
                       "dropout": 0, "seed": 0}.items():
         value = getattr(cfg, name)
         if value is not None and not value >= low:
@@ -141,6 +146,8 @@ def validate(cfg):
         raise InputError(f"--seed: expected a number below 2^63, found {cfg.seed}")
     if cfg.dropout >= 1:
         raise InputError(f"--dropout: expected a share below 1, found {cfg.dropout}")
+    if not cfg.lora_rank and (cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias) != (None, 0, "none"):
+        raise InputError("--lora-alpha, --lora-dropout and --lora-bias go with --lora-rank")
 
 
 def command_line(main, Config):
@@ -187,8 +194,8 @@ def count_steps(cfg, examples):
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
-OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "loss.png", "accuracy.png", "variance.png",
-        "variance-time.png")
+OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "adapter.pt", "loss.png", "accuracy.png",
+        "variance.png", "variance-time.png")
 RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
 
 
@@ -230,7 +237,7 @@ class Run:
             given = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE}
             check_same(self.path, self.stored_flags(), given)
             checkpoint = read_checkpoint(self.path / "last.pt")
-            missing = RESUMABLE - checkpoint.keys()
+            missing = {key for key in RESUMABLE if key not in checkpoint} | trained(model).keys() - checkpoint["model"].keys()
             if missing:
                 raise InputError(f"{self.path}/last.pt is no checkpoint to resume from: it has no {', '.join(sorted(missing))}")
             for key, what in (("init_sha256", f"--init {self.cfg.init}"), ("data_sha256", f"--data {self.cfg.data}")):
@@ -247,7 +254,8 @@ class Run:
         except OSError:
             raise InputError(f"{self.path}: another process is writing this run") from None
         if checkpoint:
-            model.load_state_dict(checkpoint["model"])
+            for name, p in trained(model).items():
+                p.copy_(checkpoint["model"][name])
             optimizer.load_state_dict(checkpoint["optimizer"])
             _set_rng_state(checkpoint["rng"])
             for key in ("at", "best", "last_evaluation", "final"):
@@ -266,7 +274,7 @@ class Run:
         modules = (torch, numpy, tiktoken, matplotlib)
         write_atomically(self.path / "config.json", json.dumps({
             "script": Path(inspect.getfile(type(self.cfg))).name, "flags": dataclasses.asdict(self.cfg), "steps": steps,
-            "model": dataclasses.asdict(model.config), "parameters": sum(p.numel() for p in model.parameters()), **facts,
+            "model": dataclasses.asdict(model.config), **facts,
             "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
             "commit": commit()}, indent=2).encode())
         self.handlers = {}
@@ -285,15 +293,21 @@ class Run:
         step = self.at["step"]
         return step > self.last_evaluation and (step % self.cfg.eval_every == 0 or step == self.steps)
 
-    def evaluated(self, model, key, found, samples):
-        """Keep an evaluation; best.pt is the one with the lowest `key`."""
+    def evaluated(self, key, found, samples):
+        """Keep what an evaluation found; whether it has the lowest `key` so far, and is to be kept with keep_best."""
         self.final, self.last_evaluation = found, self.at["step"]
         self._log(**found, peak_memory=peak_memory())
         with open(self.path / "samples.txt", "a", encoding="utf-8") as f:
             f.write(f"=== step {self.at['step']}\n{samples}")
-        if found[key] < self.best:
-            self.best = found[key]
-            write_checkpoint(self.path / "best.pt", self._weights(model))
+        better = found[key] < self.best
+        self.best = min(self.best, found[key])
+        return better
+
+    def keep_best(self, config, state, adapter):
+        """best.pt from a GPT's state dict; adapter.pt too where there is one (lora.adapter_state)."""
+        if adapter is not None:
+            write_checkpoint(self.path / "adapter.pt", adapter)
+        write_checkpoint(self.path / "best.pt", {"model": state, "model_config": dataclasses.asdict(config)})
 
     def draw(self, draw):
         """The pictures again, draw(folder), at the end and as often as takes a thirtieth of the time at most."""
@@ -315,8 +329,9 @@ class Run:
         if ends or step % (self.cfg.save_every or self.cfg.eval_every) == 0:
             offsets = {f: (self.path / f).stat().st_size for f in ("metrics.jsonl", "samples.txt")}
             write_checkpoint(self.path / "last.pt", {
-                **self._weights(model), "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets,
-                "at": self.at, "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final,
+                "model": trained(model), "model_config": dataclasses.asdict(model.config),
+                "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets, "at": self.at,
+                "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final,
                 **self.hashes})
         return not ends
 
@@ -349,12 +364,14 @@ class Run:
             raise SystemExit(130)
         return {**self.at, **self.final, "best": self.best}
 
-    def _weights(self, model):
-        return {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
-
     def _log(self, **values):
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps({**self.at, **values}) + "\n")
+
+
+def trained(model):
+    """{name: parameter} of what trains: everything, or with LoRA what --init does not hold."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def commit():

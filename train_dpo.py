@@ -4,12 +4,15 @@ Direct preference optimisation (DPO), and its conservative variant CDPO: a model
     python train_dpo.py                                   # from runs/sft, the embedded data
     python train_dpo.py --loss cdpo --gamma 10 --out runs/cdpo
     python train_dpo.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
+    python train_dpo.py --lora-rank 8 --lr 4e-4           # adapters beside frozen weights (lora.py)
 
-The reference is a frozen copy of --init, run beside the policy. Both see every pair with dropout off. Before the first step they
-are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
+The reference is a frozen copy of --init, run beside the policy; with LoRA it is the policy with its adapters off: one model in
+memory. Both see every pair with dropout off. Before the first step they are the same model, so the loss must be log 2 and every
+pair a tie; the script checks that.
 
 Simplified: one process, one GPU; the reference is computed anew every epoch; prompt and response of a pair run twice.
 """
+import contextlib
 import copy
 import math
 import time
@@ -19,6 +22,7 @@ from typing import Literal
 import torch
 
 import data
+import lora
 import losses
 import model as gpt
 import optim
@@ -43,14 +47,15 @@ class Config(runs.Config):
 
 
 def pair_losses(cfg, model, reference, batch):
-    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
+    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,).
+    reference: a function to a context in which the reference model is there."""
     hidden = batch.pick(model.hidden(batch.tokens))
-    with torch.no_grad():
-        ref_hidden = batch.pick(reference.hidden(batch.tokens))
-        ref_logps = losses.response_logps(ref_hidden, reference.wte.weight, batch)
+    with reference() as ref, torch.no_grad():
+        ref_hidden, ref_weight = batch.pick(ref.hidden(batch.tokens)), ref.wte.weight
+        ref_logps = losses.response_logps(ref_hidden, ref_weight, batch)
     if cfg.loss == "cdpo":
-        cdpo, _, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden,
-                                          reference.wte.weight, ref_logps, cfg.beta, cfg.gamma)
+        cdpo, _, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden, ref_weight, ref_logps,
+                                          cfg.beta, cfg.gamma)
     else:
         logps = losses.response_logps(hidden, model.wte.weight, batch)
     dpo, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
@@ -64,7 +69,9 @@ def evaluate(cfg, model, reference, autocast, valid):
     there over the whole vocabulary; and what it says when it is sampled, with the exact KL of each position summed."""
     def both(batch):
         batch = batch.to(model.wte.weight.device)
-        heads = [(batch.pick(m.hidden(batch.tokens)), m.wte.weight) for m in (model, reference)]
+        heads = [(batch.pick(model.hidden(batch.tokens)), model.wte.weight)]
+        with reference() as ref:
+            heads.append((batch.pick(ref.hidden(batch.tokens)), ref.wte.weight))
         per_token = losses.divergences(*heads[0], *heads[1], batch.targets, cfg.beta)   # entropy, KLs, CDPO's R_t
         return [losses.response_logps(*head, batch) for head in heads], per_token, batch
 
@@ -105,6 +112,8 @@ def main(cfg):
     runs.validate(cfg)
     if cfg.dropout:
         raise InputError(f"--dropout {cfg.dropout}: DPO compares policy and reference with dropout off, expected 0")
+    if cfg.lora_dropout:
+        raise InputError(f"--lora-dropout {cfg.lora_dropout}: DPO runs with dropout off, expected 0")
     if cfg.loss == "cdpo" and cfg.label_smoothing:
         raise InputError("--label-smoothing goes with --loss dpo only")
     for name, low, high in (("beta", 1e-9, math.inf), ("gamma", 0, math.inf), ("label_smoothing", 0, 0.5)):
@@ -118,7 +127,15 @@ def main(cfg):
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, block_size=cfg.block_size).to(device).eval()
-    reference = copy.deepcopy(model).requires_grad_(False)
+    init_sha256 = fingerprint(model.state_dict())
+    if cfg.lora_rank:
+        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, 0.0, cfg.lora_bias, init_sha256)
+        def reference():
+            return lora.adapters_off(model)
+    else:
+        second = copy.deepcopy(model).requires_grad_(False)
+        def reference():
+            return contextlib.nullcontext(second)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
@@ -132,11 +149,12 @@ def main(cfg):
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
-    run.say(f"{what}, of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
-            f"{cfg.micro_batch * cfg.accumulate} pairs\ndata {cfg.data}: {data.describe(counts)}\n"
+    size = optim.footprint(cfg.optimizer, model)
+    run.say(f"{what}, of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
+            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
             f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
-    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), data_sha256=data.sha256(train, valid),
+    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
               device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
@@ -159,7 +177,8 @@ def main(cfg):
             found, samples = evaluate(cfg, model, reference, autocast, valid)
             if run.at["step"] == 0:
                 check_start(found)
-            run.evaluated(model, "val_dpo_loss", found, samples)
+            if run.evaluated("val_dpo_loss", found, samples):
+                run.keep_best(model.config, lora.merged_state(model), lora.adapter_state(model))
             run.draw(plots.draw)
             run.say("step {step:>5} held-out DPO loss {val_dpo_loss:.4f} | reward accuracy {val_reward_accuracy:.3f} | "
                     "margin {val_margin:.3f}".format(**run.at, **found) + data.show_answers(found))
@@ -185,7 +204,8 @@ def main(cfg):
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
                     tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(4 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # 3 policy, 1 reference
+                    flops=sum(gpt.flops(model.config, b.lengths, len(b.targets), True, cfg.lora_rank)   # the policy
+                              + gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # the reference
                     train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin,
                     grad_norm=sum(norms) / len(norms), lr=lr)
 

@@ -3,6 +3,7 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
 
     python train_sft.py                                         # the embedded data, from scratch, on a laptop
     python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
+    python train_sft.py --init ... --lora-rank 8 --lr 1e-2      # adapters beside frozen weights (lora.py)
 
 Simplified: one process, one GPU; a micro-batch is a padded rectangle.
 """
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 
 import data
+import lora
 import losses
 import model as gpt
 import optim
@@ -66,6 +68,9 @@ def main(cfg):
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, dropout=cfg.dropout, block_size=cfg.block_size).to(device)
+    init_sha256 = fingerprint(model.state_dict())
+    if cfg.lora_rank:
+        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_dropout, cfg.lora_bias, init_sha256)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
@@ -78,10 +83,11 @@ def main(cfg):
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
-    run.say(f"SFT of {cfg.init}, {sum(p.numel() for p in model.parameters()):,} parameters on {device}, for {steps} steps of "
-            f"{cfg.micro_batch * cfg.accumulate} dialogues\ndata {cfg.data}: {data.describe(counts)}\n"
+    size = optim.footprint(cfg.optimizer, model)
+    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} dialogues\n"
+            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
-    run.begin(model, optimizer, steps, init_sha256=fingerprint(model.state_dict()), data_sha256=data.sha256(train, valid),
+    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
               device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
@@ -103,7 +109,8 @@ def main(cfg):
     while True:
         if run.evaluation_due():
             found, samples = evaluate(cfg, model, autocast, train[:200], valid)
-            run.evaluated(model, "val_loss", found, samples)
+            if run.evaluated("val_loss", found, samples):
+                run.keep_best(model.config, lora.merged_state(model), lora.adapter_state(model))
             run.draw(plots.draw)
             run.say("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f} | chosen likelier "
                     "{val_logp_accuracy:.3f}".format(**run.at, **found) + data.show_answers(found))
@@ -129,7 +136,7 @@ def main(cfg):
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches),
                     tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(3 * gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),
+                    flops=sum(gpt.flops(model.config, b.lengths, len(b.targets), True, cfg.lora_rank) for b in batches),
                     train_loss=train_loss, grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()
