@@ -20,24 +20,15 @@ Every run is a call of train_sft.py or train_dpo.py on one thread, two at a time
 A constant rate after 20 steps of warm-up, so that the time to a loss means something at every loss; no weight decay (it means
 other things to SGD than to AdamW) and no clipping. DPO with seed s starts from an SFT run with seed s.
 """
-import argparse
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import minihh
 import plots
-from files import InputError, write_atomically
+from studies.lab import HERE, Lab, command_line, rate, rates_table, search
 
-HERE = Path(__file__).parent.parent
 RUNS = Path("runs/optimizers")   # under HERE
 K, STEPS, SEEDS = 8, 416, 5
 
@@ -57,94 +48,16 @@ METHODS = {"adamw": "adam", "adamw-pma": "adam", "agma": "adam", "adamw-noaccum"
 MATCHED = {"adamw-pma": ("adamw", sum(j ** -0.5 for j in range(1, K + 1)) / math.sqrt(K)), "lion-pma": ("lion", 2 - 1 / K)}
 
 
-def rate(power):
-    return float(f"{3e-3 * 1.5 ** power:.3g}")
-
-
-class Lab:
-    """Starts runs until it is told to stop, and keeps what they found, {name: {"command", "flags", "events", ...}}, a line each
-    of runs.jsonl in the results' folder."""
-
-    def __init__(self, results):
-        self.file = HERE / results / "runs.jsonl"
-        self.stop, self.children, self.lock, self.found = threading.Event(), set(), threading.Lock(), {}
-        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
-        for line in lines:
-            if line.endswith("\n"):   # else a crash cut it off, and the run is made again
-                run = json.loads(line)
-                self.found[run.pop("name")] = run
-
-    def run(self, name, script, *flags):
-        """What the run `name` found: made now if it is not there. None where we are to stop before it is."""
-        command = [script, *map(str, flags)]
-        if name in self.found:
-            if self.found[name]["command"] != command:
-                raise InputError(f"{self.file} holds {name} made by {self.found[name]['command']}, which is not {command}: "
-                                 "give another --results")
-            return self.found[name]
-        folder = HERE / RUNS / name
-        how = "--resume" if (folder / "last.pt").exists() else "--overwrite"
-        with self.lock:
-            if self.stop.is_set():
-                return None
-            child = subprocess.Popen([sys.executable, *command, "--out", f"{RUNS}/{name}", how], cwd=HERE, text=True,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"})
-            self.children.add(child)
-        if self.stop.is_set():   # since we looked
-            child.send_signal(signal.SIGTERM)
-        message = child.communicate()[1].strip()
-        with self.lock:
-            self.children.discard(child)
-        if child.returncode == 0 or child.returncode == 2 and "the loss is" in message:
-            self.keep(name, {"command": command, **summary(folder), **({"diverged": message} if child.returncode else {})})
-            (folder / "last.pt").unlink()
-        elif child.returncode == 2 and "cannot be resumed" in message:   # left by a study with other flags
-            (folder / "last.pt").unlink()
-            return self.run(name, script, *flags)
-        elif not self.stop.is_set():
-            raise InputError(f"{' '.join(command)}: {message}")
-        return self.found.get(name)
-
-    def keep(self, name, run):
-        with self.lock:
-            self.found[name] = run
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            text = self.file.read_text() if self.file.exists() else ""
-            if text and not text.endswith("\n"):
-                write_atomically(self.file, text[:text.rfind("\n") + 1].encode())
-            with open(self.file, "a") as f:
-                f.write(json.dumps({"name": name, **run}, separators=(",", ":")) + "\n")
-        what = run.get("diverged") or f"{run['events'][-1]['seconds']:.0f} s of training"
-        print(f"{time.strftime('%H:%M:%S')} {name}: {what}", flush=True)
-
-    def interrupt(self, *_):
-        """Stop: every run writes a checkpoint, from which the next call of the study goes on."""
-        self.stop.set()
-        for child in list(self.children):
-            child.send_signal(signal.SIGTERM)
-
-    def map(self, function, jobs):
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(lambda job: function(*job), jobs))
-
-
 KEPT = ("step", "micro_step", "samples", "updates", "flops", "seconds", "val_loss", "val_dpo_loss", "val_logp_accuracy",
         "val_reward_accuracy", "probe_loss", "displacement_rms", *(f"{what}_variance{form}" for form in ("", "_relative")
                                                                    for what in ("grad", "update", "displacement")))
 
 
-def summary(folder):
-    """Of a run's folder: what tells it apart, its evaluations and its probes, to 5 digits."""
-    def short(value):
-        if isinstance(value, list):
-            return [short(x) for x in value]
-        return float(f"{value:.5g}") if isinstance(value, float) else value
-    config, events = plots.read(folder)
-    return {"flags": {key: config["flags"][key] for key in ("optimizer", "lr", "seed", "accumulate", "steps")},
-            "commit": config["commit"],
-            "events": [{key: short(e[key]) for key in KEPT if key in e} for e in events
-                       if "val_logp_accuracy" in e or "probe_loss" in e]}
+FLAGS = ("optimizer", "lr", "seed", "accumulate", "steps")
+
+
+def new_lab(results):
+    return Lab(results, RUNS, KEPT, FLAGS)
 
 
 def training(lab, task, name, split, optimizer, lr, seed, steps=STEPS, k=K):
@@ -162,33 +75,13 @@ def last_loss(task, run):
     return math.inf if "diverged" in run else [e[TASKS[task].loss] for e in run["events"] if TASKS[task].loss in e][-1]
 
 
-def search(lab, task, method):
+def grid(lab, task, method):
     """{rate: last loss on valid} of the rule above, or None where the time was up."""
-    tried = {}
-
-    def at(power):
-        if power not in tried:
-            name = f"grid/{method}-{rate(power):g}"
-            run = training(lab, task, name, "valid", method, rate(power), 1, STEPS // 2)
-            if run is None:
-                raise TimeoutError
-            tried[power] = last_loss(task, run)
-        return tried[power]
-
-    middle = TASKS[task].middle[METHODS[method]]
-    try:
-        for power in (middle - 2, middle, middle + 2):
-            at(power)
-        for stride in (2, 2, 1, 1):
-            best = min(tried, key=tried.get)
-            if stride == 1:
-                at(best - 1)
-                at(best + 1)
-            elif best in (min(tried), max(tried)):
-                at(best - stride if best == min(tried) else best + stride)
-    except TimeoutError:
-        return None
-    return {rate(power): tried[power] for power in sorted(tried)}
+    def loss_at(power):
+        run = training(lab, task, f"grid/{method}-{rate(power):g}", "valid", method, rate(power), 1, STEPS // 2)
+        return run and last_loss(task, run)
+    found = search(loss_at, TASKS[task].middle[METHODS[method]])
+    return found and {rate(power): loss for power, loss in found.items()}
 
 
 def chosen(grids):
@@ -199,14 +92,9 @@ def chosen(grids):
 
 
 def start(lab, seed):
-    """What DPO starts from. Made again where its weights are gone: they must then be the same ones."""
-    name, before = f"start-s{seed}", lab.found.get(f"start-s{seed}")
-    if before and not (HERE / RUNS / name / "best.pt").exists():
-        del lab.found[name]
-    run = lab.run(name, "train_sft.py", "--seed", seed, "--eval-answers", 0, "--data", f"{RUNS}/train.jsonl,{RUNS}/valid.jsonl")
-    if run and before and [e["val_loss"] for e in run["events"]] != [e["val_loss"] for e in before["events"]]:
-        raise InputError(f"{name} is not what it was when {lab.file} was begun: give another --results")
-    return run
+    """What DPO starts from."""
+    return lab.weights(f"start-s{seed}", "train_sft.py", "--seed", seed, "--eval-answers", 0,
+                       "--data", f"{RUNS}/train.jsonl,{RUNS}/valid.jsonl")
 
 
 def work(lab):
@@ -218,7 +106,7 @@ def work(lab):
     starts = lab.map(start, [(lab, seed) for seed in range(1, SEEDS + 1)])
     if None in starts:
         return
-    found = lab.map(search, [(lab, task, method) for task in TASKS for method in METHODS])
+    found = lab.map(grid, [(lab, task, method) for task in TASKS for method in METHODS])
     if None in found:
         return
     grids = {task: dict(zip(METHODS, found[i * len(METHODS):])) for i, task in enumerate(TASKS)}
@@ -234,10 +122,10 @@ def work(lab):
 # the report
 
 def report(lab):
-    lab.stop.set()   # search() starts nothing now
+    lab.stop.set()   # grid() starts nothing now
     text = [f"{len(lab.found)} runs are done.", ""]
     for task in TASKS:
-        grids = {method: search(lab, task, method) for method in METHODS}
+        grids = {method: grid(lab, task, method) for method in METHODS}
         if None in grids.values():
             missing = ", ".join(method for method, grid in grids.items() if grid is None)
             text += [f"{task.upper()}: the learning rates of {missing} are not found yet.", ""]
@@ -260,15 +148,7 @@ def seeds(lab, name):
 
 def rates(task, grids):
     """The learning rates that were tried."""
-    lines = [f"{TASKS[task].loss} at the end, on valid, half length, seed 1; the chosen rate in bold.", "", "| | rate: loss |",
-             "| --- | --- |"]
-    for method, grid in grids.items():
-        best = min(grid, key=grid.get)
-        tried = [f"{lr:g}: {loss:.4f}" if loss < math.inf else f"{lr:g}: diverges" for lr, loss in sorted(grid.items())]
-        tried = [f"**{text}**" if lr == best else text for lr, text in zip(sorted(grid), tried)]
-        edge = " (at the edge of what was tried)" if best in (min(grid), max(grid)) else ""
-        lines.append(f"| {method} | {', '.join(tried)}{edge} |")
-    return lines
+    return [f"{TASKS[task].loss} at the end, on valid, half length, seed 1; the chosen rate in bold.", "", *rates_table(grids)]
 
 
 def shared_rate(lab, task, grids):
@@ -351,26 +231,5 @@ def periods(lab, task, groups, runs):
     return lines
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after this time; the next call goes on")
-    parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
-    parser.add_argument("--results", default="results/optimizers", help="folder of the results")
-    options = parser.parse_args()
-    if not options.minutes > 0:
-        raise InputError(f"--minutes: expected a number above 0, found {options.minutes}")
-    lab = Lab(options.results)
-    if not options.report:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, lab.interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
-        work(lab)
-    report(lab)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    command_line(__doc__, "results/optimizers", new_lab, work, report)

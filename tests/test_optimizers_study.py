@@ -13,6 +13,7 @@ import pytest
 
 import train_sft
 from files import InputError
+from studies import lab as labs
 from studies import optimizers as study
 
 
@@ -50,18 +51,18 @@ def test_search_by_hand(monkeypatch, best, tried):
         assert (split, optimizer, seed, steps) == ("valid", "adamw", 1, study.STEPS // 2)
         return {"events": [{"val_loss": 0.1}, {"val_loss": 1 + abs(math.log(lr / 3e-3) / math.log(1.5) - best)}, {"step": 9}]}
     monkeypatch.setattr(study, "training", training)
-    grid = study.search(None, "sft", "adamw")
+    grid = study.grid(None, "sft", "adamw")
     assert list(grid) == [study.rate(power) for power in tried]
     assert grid[study.rate(tried[0])] == pytest.approx(1 + abs(tried[0] - best), abs=0.01)   # the lowest, rates have 3 digits
 
 
 def test_search_stops_when_the_time_is_up_but_not_where_a_run_diverges(monkeypatch):
     monkeypatch.setattr(study, "training", lambda *_: None)
-    assert study.search(None, "dpo", "lion") is None
+    assert study.grid(None, "dpo", "lion") is None
     monkeypatch.setattr(study, "training", lambda lab, task, name, split, optimizer, lr, *_:
                         {"events": [{"val_dpo_loss": 0.1}], **({"diverged": "the loss is nan"} if lr > 1e-3 else {
                             "events": [{"val_dpo_loss": 1 - lr}]})})
-    grid = study.search(None, "dpo", "momentum")
+    grid = study.grid(None, "dpo", "momentum")
     assert min(grid, key=grid.get) == max(lr for lr in grid if lr <= 1e-3) and max(grid.values()) == math.inf
 
 
@@ -82,7 +83,7 @@ TINY = ["--steps", 2, "--lr", 1e-3, "--micro-batch", 2, "--eval-every", 1, "--ev
 def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     train_sft.main(train_sft.Config(steps=2, micro_batch=2, eval_every=1, eval_samples=4, eval_answers=0, stop_at=1, lr=1e-3,
                                     out=str(folder / "cut")))
-    lab = study.Lab(folder)
+    lab = study.new_lab(folder)
     run = lab.run("cut", "train_sft.py", *TINY)
     assert [e["step"] for e in run["events"] if "val_loss" in e] == [0, 1, 2] and not (folder / "cut/last.pt").exists()
     assert run["flags"] == {"optimizer": "adamw", "lr": 1e-3, "seed": 1, "accumulate": 1, "steps": 2}
@@ -90,23 +91,23 @@ def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     assert "the loss is nan" in lab.run("hot", *hot)["diverged"] and lab.found["hot"]["events"][0]["val_loss"] > 7
     with pytest.raises(InputError, match="no optimizer 'none'"):
         lab.run("typo", "train_sft.py", *TINY, "--optimizer", "none")
-    monkeypatch.setattr(study.subprocess, "Popen", None)   # what is there is not made again; nothing starts after a stop
+    monkeypatch.setattr(labs.subprocess, "Popen", None)   # what is there is not made again; nothing starts after a stop
     with open(lab.file, "a") as f:
         f.write('{"name": "half a li')   # a crash
-    again = study.Lab(folder)
+    again = study.new_lab(folder)
     assert again.run("cut", "train_sft.py", *TINY) == run and "diverged" in again.run("hot", *hot)
     with pytest.raises(InputError, match="cut made by .*give another --results"):
         again.run("cut", "train_sft.py", *TINY, "--seed", 2)
     again.interrupt()
     assert again.run("late", "train_sft.py") is None
     again.keep("new", run)
-    assert list(study.Lab(folder).found) == ["cut", "hot", "new"]
+    assert list(study.new_lab(folder).found) == ["cut", "hot", "new"]
 
 
 def test_a_run_left_by_other_flags_is_made_anew(folder):
     train_sft.main(train_sft.Config(steps=2, micro_batch=1, eval_every=1, eval_samples=4, eval_answers=0, stop_at=1,
                                     out=str(folder / "old")))
-    assert study.Lab(folder).run("old", "train_sft.py", *TINY)["events"][-1]["samples"] == 4
+    assert study.new_lab(folder).run("old", "train_sft.py", *TINY)["events"][-1]["samples"] == 4
 
 
 def test_all_runs_of_the_study(tmp_path, monkeypatch):
@@ -119,7 +120,7 @@ def test_all_runs_of_the_study(tmp_path, monkeypatch):
         asked.append((name, dict(zip(flags[::2], flags[1::2]))))
         return {"events": [{"val_loss": 1.0, "val_dpo_loss": 1.0}], "command": []}
     monkeypatch.setattr(study.Lab, "run", run)
-    study.work(study.Lab(tmp_path))
+    study.work(study.new_lab(tmp_path))
     kinds = [name.split("/")[1] if "/" in name else "start" for name, _ in asked]
     assert kinds.index("test") > max(i for i, kind in enumerate(kinds) if kind == "grid")
     assert {kind: kinds.count(kind) for kind in kinds} == {"start": 5, "grid": 2 * 7 * 6, "test": 2 * 9 * 5, "k": 2 * 2 * 5 * 3}
@@ -134,7 +135,7 @@ def test_all_runs_of_the_study(tmp_path, monkeypatch):
 
 
 def test_two_at_a_time(tmp_path):
-    lab, running, most, lock = study.Lab(tmp_path), [0], [0], threading.Event()
+    lab, running, most, lock = study.new_lab(tmp_path), [0], [0], threading.Event()
 
     def job(i):
         running[0] += 1
@@ -151,7 +152,7 @@ def test_two_at_a_time(tmp_path):
 def test_report_by_hand(tmp_path, monkeypatch, capsys):
     """Everything falls from 4 to 2 in 3328 examples, PMA to 2 in half of them and at the end to 1; each twice as far a period.
     At all rates but the middle one it stays at 5."""
-    lab = study.Lab(tmp_path)
+    lab = study.new_lab(tmp_path)
     monkeypatch.setattr(study, "training", lambda lab, task, name, *_: lab.found.setdefault(f"{task}/{name}", made_up([5, 5, 5])))
     for task in study.TASKS:
         for method, family in study.METHODS.items():
@@ -181,6 +182,6 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unfinished_study_reports_what_it_has(tmp_path, capsys):
-    study.report(study.Lab(tmp_path))
+    study.report(study.new_lab(tmp_path))
     text = capsys.readouterr().out
     assert text.startswith("0 runs are done.") and "DPO: the learning rates of adamw, adamw-pma, agma" in text
