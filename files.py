@@ -4,6 +4,7 @@ Bytes in and out: safe tensor files, checkpoints, downloads. Nothing here knows 
 A file that we write is whole or not there: it gets another name, is synced, then renamed. A file that we read is
 never executed: torch files load with weights_only=True, safetensors are a JSON header and raw numbers.
 """
+import errno
 import hashlib
 import http.client
 import json
@@ -104,7 +105,9 @@ def torch_load(path):
     """torch.load that runs no code from the file; a cut-off, damaged or foreign file is one clear error."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as e:
+    except (*DAMAGE, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:   # torch's reader seeks in vain in a large file that is cut off
+            raise
         first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first.strip()[:120]})") from None
     if not isinstance(found, dict):

@@ -37,6 +37,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter((torch.randn(rank, in_features) / in_features ** 0.5).to(base.weight))   # one draw for all devices
         self.B = nn.Parameter(torch.zeros(out_features, rank).to(base.weight))
         self.drop = nn.Dropout(dropout)
+        self.train(base.training)
 
     def forward(self, x):
         y = self.base(x)
@@ -45,22 +46,23 @@ class LoRALinear(nn.Module):
         return y + F.linear(F.linear(self.drop(x), self.A) * self.scale, self.B)   # scaled where it is thin
 
     def merged_weight(self):
-        return self.base.weight + self.scale * self.B @ self.A
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.base.weight + self.scale * self.B @ self.A
 
 
-def add_lora(model, rank, alpha, dropout=0.0, bias="none", base_sha256=None):
+def add_lora(model, rank, alpha=None, dropout=0.0, bias="none", base_sha256=None):
     """Put an adapter beside every linear layer of the model's blocks, in place, and freeze everything else. Returns how many.
 
-    rank: r, at least 1; alpha: the adapters' output is scaled by alpha / r; dropout: on the adapters' input. bias: `none` of the
-    biases trains, `lora_only` those of the adapted layers, `all` of them, LayerNorm's included. base_sha256: fingerprint() of
+    rank: r, at least 1; alpha: the adapters' output is scaled by alpha / r, None: 2r; dropout: of their input. bias: `none` of
+    the biases trains, `lora_only` those of the adapted layers, `all` of them, LayerNorm's included. base_sha256: fingerprint() of
     the model's state dict where it is known. Draws from torch's global generator.
     """
-    smallest = model.config.n_embd
-    if not (isinstance(rank, int) and 1 <= rank <= smallest):
+    smallest, alpha = model.config.n_embd, 2 * rank if alpha is None else alpha
+    if not (type(rank) is int and 1 <= rank <= smallest):
         raise InputError(f"LoRA rank: expected a whole number from 1 to the model's width {smallest}, found {rank}")
-    if not 0 < alpha < float("inf"):
+    if not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
         raise InputError(f"LoRA alpha: expected a finite number above 0, found {alpha}")
-    if not 0 <= dropout < 1:
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise InputError(f"LoRA dropout: expected a share below 1, found {dropout}")
     if bias not in BIASES:
         raise InputError(f"LoRA bias: expected {', '.join(BIASES)}, found {bias!r}")
@@ -89,18 +91,20 @@ def _train_bias(layer, trains):
         layer.bias.requires_grad_(True)
 
 
-def adapters(model):
-    """(name, LoRALinear) of every adapted layer."""
+def adapters(model, on=False):
+    """(name, LoRALinear) of every adapted layer. on: refuse a model whose adapters are off."""
     found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     if not found:
         raise InputError("the model has no adapters")
+    if on and not all(layer.on for _, layer in found):
+        raise InputError("the model's adapters are off: leave adapters_off first")
     return found
 
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """Inside, the model is its base, bit for bit: no adapter adds anything, and biases that train stand at the base's values.
-    What was computed outside, a graph that still waits for its backward pass included, is not touched."""
+    """Inside, the model is its base, bit for bit: no adapter adds anything, and in the place of each bias that trains stands the
+    base's. A graph that was built before and still waits for its backward pass is not touched."""
     layers = [layer for _, layer in adapters(model)]
     were_on = [layer.on for layer in layers]
     biased = [layer for layer in model.modules() if hasattr(layer, "base_bias")]
@@ -121,11 +125,11 @@ def adapters_off(model):
 @torch.no_grad()
 def merge(model):
     """Add the adapters into the weights, in place: a plain GPT, all of it trainable, as load() gives it. Returns it."""
-    merged = {layer: layer.merged_weight() for _, layer in adapters(model)}
+    weights = {layer: layer.merged_weight() for _, layer in adapters(model, on=True)}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if layer in merged:
-                layer.base.weight.copy_(merged[layer])
+            if layer in weights:
+                layer.base.weight.copy_(weights[layer])
                 setattr(parent, name, layer.base)
         if hasattr(parent, "base_bias"):
             del parent.base_bias
@@ -135,17 +139,17 @@ def merge(model):
 
 @torch.no_grad()
 def merged_state(model):
-    """The state dict of merge()'s model, on the CPU, while this one stays as it is. A plain GPT's is its own."""
+    """The state dict of merge()'s model, on the CPU, while this one stays as it is. A plain GPT's is simply its own."""
     state = model.state_dict()
     if hasattr(model, "lora"):
-        layers = {f"{name}.base.weight": layer for name, layer in adapters(model)}
+        layers = {f"{name}.base.weight": layer for name, layer in adapters(model, on=True)}
         state = {key.replace(".base.", "."): (layers[key].merged_weight() if key in layers else t).cpu()
                  for key, t in state.items() if not key.endswith((".A", ".B"))}
     return state
 
 
 def merged(model):
-    """A merged copy, on the CPU, to export: gpt.export(lora.merged(model), folder)."""
+    """A merged copy, in fp32 on the CPU, to export: gpt.export(lora.merged(model), folder)."""
     return gpt.build(model.config, {key: t.clone() for key, t in merged_state(model).items()}, "the merged model")
 
 
@@ -153,6 +157,7 @@ def adapter_state(model):
     """What adapter.pt holds: rank, alpha, bias mode, the base's block size and SHA-256, and what trains. None for a plain GPT."""
     if not hasattr(model, "lora"):
         return None
+    adapters(model, on=True)
     return {**model.lora, "adapter": {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}}
 
 
@@ -164,19 +169,23 @@ def save_adapter(model, path):
 def load_adapter(model, path):
     """Give a plain GPT the adapter in the file `path`; only to the base that it was trained on. Returns the model."""
     saved = read_checkpoint(path, ("rank", "alpha", "bias", "block_size", "base_sha256", "adapter"))
+    if hasattr(model, "lora"):
+        raise InputError("the model has adapters already: merge them first")
     if saved["block_size"] != model.config.block_size:
         raise InputError(f"{path} was trained with block_size {saved['block_size']}, found a base with {model.config.block_size}")
     base_sha256 = fingerprint(model.state_dict())
     if saved["base_sha256"] != base_sha256:
         raise InputError(f"{path} belongs to another base: these weights do not have the SHA-256 of those that it was trained on")
-    add_lora(model, saved["rank"], saved["alpha"], bias=saved["bias"], base_sha256=base_sha256)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    want, have = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (trained, saved["adapter"]))
-    if want != have or not all(t.isfinite().all() for t in saved["adapter"].values()):
-        raise InputError(f"{path}: expected the finite tensors of an adapter of rank {saved['rank']} with bias {saved['bias']}")
-    with torch.no_grad():
+    tensors = saved["adapter"] if isinstance(saved["adapter"], dict) else {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        add_lora(model, saved["rank"], saved["alpha"], bias=saved["bias"], base_sha256=base_sha256)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if trained.keys() != tensors.keys() or not all(
+                torch.is_tensor(t) and t.shape == trained[name].shape and t.isfinite().all() for name, t in tensors.items()):
+            merge(model)   # B is still zero: the base as it was
+            raise InputError(f"{path}: expected finite tensors of an adapter of rank {saved['rank']} with bias {saved['bias']}")
         for name, p in trained.items():
-            p.copy_(saved["adapter"][name])
+            p.copy_(tensors[name])
     return model
 
 

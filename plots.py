@@ -72,6 +72,11 @@ def finish(axis, x, y, legend=True, **where):
         axis.legend(frameon=False, fontsize=8, **where)
 
 
+def adapters(flags):
+    """A title's words on what trains."""
+    return f", LoRA rank {flags['lora_rank']}, bias {flags['lora_bias']}" if flags.get("lora_rank") else ""
+
+
 def baseline(axis, y, name, style="--"):
     if y is not None:
         axis.axhline(y, color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {y:.3f}")
@@ -86,7 +91,8 @@ def sft_loss(events, config, path):
     axis.set_ylim(bottom=0)
     scored = "the response" if config["flags"]["loss_on"] == "response" else "all tokens"
     finish(axis, "dialogues seen", f"nats per token of {scored}")
-    axis.set_title(f"SFT of {Path(config['flags']['init']).name} on {Path(config['flags']['data']).name}", fontsize=10)
+    flags = config["flags"]
+    axis.set_title(f"SFT of {Path(flags['init']).name} on {Path(flags['data']).name}{adapters(flags)}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -100,7 +106,7 @@ def dpo_loss(events, config, path):
     axis.set_ylim(bottom=0)
     finish(axis, "pairs seen", "DPO loss")
     name = f"CDPO (gamma {flags['gamma']:g})" if flags["loss"] == "cdpo" else "DPO"
-    axis.set_title(f"{name}, beta {flags['beta']:g}, on {Path(flags['data']).name}", fontsize=10)
+    axis.set_title(f"{name}, beta {flags['beta']:g}, on {Path(flags['data']).name}{adapters(flags)}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

@@ -129,7 +129,7 @@ def main(cfg):
     model = gpt.load(cfg.init, block_size=cfg.block_size).to(device).eval()
     init_sha256 = fingerprint(model.state_dict())
     if cfg.lora_rank:
-        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, 0.0, cfg.lora_bias, init_sha256)
+        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_bias, init_sha256)
         def reference():
             return lora.adapters_off(model)
     else:

@@ -70,7 +70,7 @@ def main(cfg):
     model = gpt.load(cfg.init, dropout=cfg.dropout, block_size=cfg.block_size).to(device)
     init_sha256 = fingerprint(model.state_dict())
     if cfg.lora_rank:
-        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2 * cfg.lora_rank, cfg.lora_dropout, cfg.lora_bias, init_sha256)
+        lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias, init_sha256)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)

@@ -2,16 +2,29 @@
 How fast is it? Ratios within one run, since a machine's speed drifts.
 
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
+    python -m studies.bench lora        # SFT by LoRA rank, and DPO with adapters off as the reference: time and peak memory
+    python -m studies.bench lora --device cuda --model gpt2-medium
 """
 import argparse
+import contextlib
+import copy
+import json
+import multiprocessing
 import random
 import statistics
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 
+import data
+import lora
+import losses
 import model as gpt
 import optim
+import runs
+import train_dpo
 
 
 def optim_steps(name="gpt2", rounds=25):
@@ -40,9 +53,132 @@ def optim_steps(name="gpt2", rounds=25):
         print(f"| {key} | {1000 * statistics.median(took[key]):.0f} | {statistics.median(ratios):.2f} [{min(ratios):.2f}, "
               f"{max(ratios):.2f}] | {state / numbers:.1f} |")
 
+# ----------------------------------------------------------------------------------------------------------------------
+# in processes of their own, which take turns: each has its own peak memory, and the machine's drift hits all alike
+
+def worker(connection, make, arguments):
+    """One step for every True that arrives, its seconds back; at last the bytes at the peak, and what else make() tells."""
+    step, facts = make(*arguments)
+    while connection.recv():
+        began = time.perf_counter()
+        step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        connection.send(time.perf_counter() - began)
+    connection.send({**facts, "peak_bytes": runs.peak_memory()})
+
+
+def take_turns(jobs, rounds):
+    """jobs: a list of (make, arguments), make(*arguments) -> (a function that does a step, facts). Returns for each its facts,
+    peak_bytes of its process, and seconds of `rounds` steps after one that warms up."""
+    spawn, workers = multiprocessing.get_context("spawn"), []
+    for make, arguments in jobs:
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=worker, args=(there, make, arguments), daemon=True)
+        process.start()
+        there.close()   # so that the death of the process is seen here
+        workers.append((process, here))
+    seconds = [[] for _ in jobs]
+    for _ in range(rounds + 1):
+        for (_, connection), took in zip(workers, seconds):
+            connection.send(True)
+            took.append(connection.recv())
+    found = []
+    for (process, connection), took in zip(workers, seconds):
+        connection.send(False)
+        found.append({**connection.recv(), "seconds": took[1:]})
+        process.join()
+    return found
+
+
+def adapted(name, rank, bias, device):
+    """A random model of this size on the device, with adapters where the rank is above 0, its AdamW, and autocast."""
+    device, autocast = runs.setup(runs.Config(device=device))
+    model = gpt.GPT(gpt.SIZES[name]).to(device)
+    if rank:
+        lora.add_lora(model, rank, bias=bias, base_sha256="random")
+    return model, optim.make("adamw", model, 1e-5, None, 0.1), autocast
+
+
+def stepping(model, optimizer, loss):
+    """(A function that does what a step of the scripts does, the facts.) loss() -> the loss of a micro-batch."""
+    def step():
+        loss().backward()
+        optim.clip(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, optim.footprint("adamw", model)
+
+
+def sft_step(name, rank, bias, tokens, device):
+    """SFT on one sequence, every token counts."""
+    model, optimizer, autocast = adapted(name, rank, bias, device)
+    ids = torch.randint(model.config.vocab_size, (tokens + 1,)).to(model.wte.weight.device)
+
+    def loss():
+        with autocast():
+            return losses.sft_loss(model.hidden(ids[None, :-1])[0], model.wte.weight, ids[1:], tokens)
+    return stepping(model, optimizer, loss)
+
+
+def dpo_step(name, rank, bias, tokens, device):
+    """DPO on one pair, each dialogue of this many tokens, three quarters of them prompt. Rank 0: a second model as reference."""
+    model, optimizer, autocast = adapted(name, rank, bias, device)
+    second = None if rank else copy.deepcopy(model).requires_grad_(False)
+
+    def reference():
+        return lora.adapters_off(model) if rank else contextlib.nullcontext(second)
+    rng, cut = np.random.default_rng(1), tokens * 3 // 4
+    prompt, *responses = (rng.integers(model.config.vocab_size, size=n) for n in (cut, tokens - cut, tokens - cut))
+    batch = data.collate([prompt, prompt], responses).to(model.wte.weight.device)
+
+    def loss():
+        with autocast():
+            return train_dpo.pair_losses(train_dpo.Config(), model.eval(), reference, batch)[0].sum()
+    return stepping(model, optimizer, loss)
+
+
+def against_full(step, name, cases, tokens, device, rounds):
+    """Rows of a table: full fine-tuning, and every (rank, bias) of `cases` taking turns with a full one of its own."""
+    rows = []
+    for rank, bias in cases:
+        full, found = take_turns([(step, (name, 0, "all", tokens, device)), (step, (name, rank, bias, tokens, device))], rounds)
+        for row, r, b in ([] if rows else [(full, 0, "all")]) + [(found, rank, bias)]:
+            ratios = [a / b for a, b in zip(full["seconds"], row["seconds"])]
+            rows.append({"rank": r, "bias": b, "trainable": row["trainable"], "share": row["trainable"] / row["parameters"],
+                         "seconds": statistics.median(row["seconds"]), "speed": statistics.median(ratios),
+                         "speed_range": [min(ratios), max(ratios)], "peak_bytes": row["peak_bytes"],
+                         "peak_share": row["peak_bytes"] / full["peak_bytes"]})
+    print("| | trainable | per cent | seconds a step | steps a second, full = 1: median [range] | peak memory, GB | of full's |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        label = f"rank {row['rank']}, bias {row['bias']}" if row["rank"] else "full"
+        print(f"| {label} | {row['trainable']:,} | {100 * row['share']:.3f} | {row['seconds']:.3f} | {row['speed']:.2f} "
+              f"[{row['speed_range'][0]:.2f}, {row['speed_range'][1]:.2f}] | {row['peak_bytes'] / 1e9:.2f} | "
+              f"{row['peak_share']:.2f} |", flush=True)
+    return rows
+
+
+def lora_steps(name, device, out, tokens=1024, rounds=5):
+    cases = [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]
+    where = torch.cuda.get_device_name() if runs.setup(runs.Config(device=device))[0].type == "cuda" else "CPU"
+    print(f"{where}: SFT of {name}, one sequence of {tokens} tokens, AdamW, {rounds} rounds\n")
+    found = {"model": name, "machine": where, "tokens": tokens}
+    found["rows"] = against_full(sft_step, name, cases, tokens, device, rounds)
+    print(f"\nDPO of gpt2-medium, one pair of {tokens} tokens a dialogue; full has a second model as its reference\n")
+    found["dpo"] = against_full(dpo_step, "gpt2-medium", [(8, "none")], tokens, device, rounds)
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["optim"])
-    parser.parse_args()
-    optim_steps()
+    parser.add_argument("what", choices=["optim", "lora"])
+    parser.add_argument("--model", choices=gpt.SIZES, default="gpt2", help="of `lora`'s first table")
+    parser.add_argument("--device", default="auto", help="of `lora`")
+    parser.add_argument("--out", help="a JSON file for `lora`'s rows; results/ranks/cost-*.json are drawn by studies.ranks")
+    options = parser.parse_args()
+    if options.what == "optim":
+        optim_steps()
+    else:
+        lora_steps(options.model, options.device, options.out)

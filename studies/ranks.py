@@ -178,7 +178,7 @@ def sizes(name, rank, bias):
     with torch.device("meta"):
         model = gpt.GPT(gpt.SIZES[name])
     if rank:
-        lora.add_lora(model, rank, 2 * rank, bias=bias, base_sha256="no weights")
+        lora.add_lora(model, rank, bias=bias, base_sha256="no weights")
     return optim.footprint("adamw", model)
 
 

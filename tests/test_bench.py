@@ -3,7 +3,11 @@ studies/bench.py: what is timed is what it says, and the table adds up. No time 
 
     python -m pytest -q tests/test_bench.py
 """
+import json
 import re
+
+import pytest
+import torch
 
 from studies import bench
 
@@ -33,3 +37,52 @@ def test_every_optimizer_steps_every_round(monkeypatch):
     bench.optim_steps("mini", rounds=3)
     rounds = [tuple(stepped[i:i + 5]) for i in range(0, 20, 5)]
     assert all(sorted(names) == ["adamw", "adamw-pma", "agma", "lion", "lion-pma"] for names in rounds) and len(set(rounds)) > 1
+
+
+# ---- LoRA
+
+@pytest.mark.parametrize("make", [bench.sft_step, bench.dpo_step])
+@pytest.mark.parametrize("rank, bias, trains", [(0, "all", 724_480), (2, "none", 2 * 2 * 16 * 128),
+                                                (2, "lora_only", 2 * 2 * 16 * 128 + 2 * 9 * 128)])
+def test_a_timed_step_moves_what_trains(monkeypatch, make, rank, bias, trains):
+    made, real = [], bench.adapted
+    monkeypatch.setattr(bench, "adapted", lambda *arguments: made.append(real(*arguments)) or made[0])
+    step, facts = make("mini", rank, bias, 24, "cpu")
+    model = made[0][0]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step()
+    assert facts["trainable"] == trains
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_workers_take_turns_in_processes_of_their_own():
+    """Two real processes: their steps alternate, so each has as many seconds as rounds; a process of Python and torch takes more
+    than 50 MB."""
+    found = bench.take_turns([(bench.sft_step, ("mini", 0, "all", 8, "cpu")), (bench.sft_step, ("mini", 1, "none", 8, "cpu"))], 2)
+    assert [len(row["seconds"]) for row in found] == [2, 2] and all(s > 0 for row in found for s in row["seconds"])
+    assert found[1]["trainable"] == 4096 and all(row["peak_bytes"] > 5e7 for row in found)
+
+
+def test_lora_table_by_hand(monkeypatch, tmp_path, capsys):
+    """Full takes 4, 6, 8 s and 10 GB; adapters half of that in the first round and as long in the others, and 4 GB."""
+    asked = []
+
+    def take_turns(jobs, rounds):
+        asked.append((jobs, rounds))
+        size = {"parameters": 1000, "optimizer_bytes": 0}
+        return [{**size, "trainable": 1000, "seconds": [4, 6, 8], "peak_bytes": 10 * 10 ** 9},
+                {**size, "trainable": 25, "seconds": [2, 6, 8], "peak_bytes": 4 * 10 ** 9}]
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    bench.lora_steps("gpt2", "cpu", tmp_path / "cost.json", rounds=3)
+    printed = capsys.readouterr().out
+    assert printed.count("| full | 1,000 | 100.000 | 6.000 | 1.00 [1.00, 1.00] | 10.00 | 1.00 |") == 2
+    assert printed.count("| rank 8, bias none | 25 | 2.500 | 6.000 | 1.00 [1.00, 2.00] | 4.00 | 0.40 |") == 2
+    assert [jobs[1] for jobs, _ in asked] == [
+        *((bench.sft_step, ("gpt2", rank, bias, 1024, "cpu")) for rank, bias in (
+            (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))),
+        (bench.dpo_step, ("gpt2-medium", 8, "none", 1024, "cpu"))]
+    assert all(jobs[0][1][1] == 0 and jobs[0][0] == jobs[1][0] and rounds == 3 for jobs, rounds in asked)
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["dpo"][1]["peak_share"] == 0.4

@@ -176,6 +176,9 @@ def test_flops_by_hand():
     Positions attended: 1 + 2 + 3, and 1, so 7: 4 * 2 layers * 4 channels * 7 = 224. Head at 2 positions: 2 * 10 * 4 * 2 = 160."""
     config = GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=4)
     assert flops(config, [3, 1], 2) == 3072 + 224 + 160
+    assert flops(config, [3, 1], 2, backward=True) == 3 * (3072 + 224 + 160)
+    # rank 2: A and B of the four layers have 2 * 16 * 4 = 128 numbers a block: 2 * 128 * 2 layers * 4 tokens = 2048
+    assert flops(config, [3, 1], 2, backward=True, rank=2) == 2 * (3072 + 160) + 3 * (2048 + 224)
 
 
 def test_uniform_attention_by_hand():

@@ -404,6 +404,25 @@ def test_a_period_of_adamw_pma_moves_S_times_a_step(K, noise):
     S, ratio = sum(j ** -0.5 for j in range(1, K + 1)), (p - before[0]).norm() / (q - before[1]).norm()
     assert ratio.item() == pytest.approx(S / math.sqrt(K) if noise else S, rel=0.03)
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_footprint_is_the_state_that_there_is(name):
+    """Of a model in which one matrix is frozen, after a step; torch's own scalar counters are not counted."""
+    model = network(torch.float64)
+    model[0].weight.requires_grad_(False)
+    optimizer = optim.make(name, model, 1e-3, None, 0.1, 2)
+    model(torch.ones(2, 6, dtype=torch.float64)).pow(2).sum().backward()
+    optimizer.step()
+    held = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    size = optim.footprint(name, model)
+    assert size["optimizer_bytes"] == sum(t.numel() * t.element_size() for t in held)
+    assert size["trainable"] == size["parameters"] - model[0].weight.numel() == sum(p.numel() for p in model.parameters()) - \
+        model[0].weight.numel()
+
+
+def test_describe_by_hand():
+    assert optim.describe({"parameters": 2_000, "trainable": 25, "optimizer_bytes": 1_234_567_890}) == \
+        "trains 25 of 2,000 parameters (1.250%), optimizer state 1,234.6 MB"
+
 # ---- properties: state
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ import torch
 
 import model as gpt
 import runs
-from files import InputError
+from files import InputError, read_checkpoint
 
 
 @dataclass
@@ -83,7 +83,7 @@ def test_when_to_evaluate_and_to_end(tmp_path):
     while True:
         if run.evaluation_due():
             seen.append(run.at["step"])
-            run.evaluated(model, "val_loss", {"val_loss": 1.0}, "")
+            run.evaluated("val_loss", {"val_loss": 1.0}, "")
             assert not run.evaluation_due()   # never twice at one step
         if not run.goes_on(model, optimizer):
             break
@@ -98,8 +98,36 @@ def test_best_keeps_the_lowest(tmp_path):
     for step, loss in enumerate((3.0, 1.0, 2.0)):
         with torch.no_grad():
             model.ln_f.bias.fill_(step)
-        run.evaluated(model, "val_loss", {"val_loss": loss}, "")
+        if run.evaluated("val_loss", {"val_loss": loss}, ""):
+            run.keep_best(model.config, model.state_dict(), {"rank": step})
     assert run.best == 1.0 and (gpt.load(str(tmp_path / "run")).ln_f.bias == 1).all()
+    assert read_checkpoint(tmp_path / "run" / "adapter.pt", ("rank",)) == {"rank": 1}
+
+
+def test_last_holds_what_trains_and_resume_puts_it_back(tmp_path):
+    """With LoRA the frozen weights are --init's, whose hash is checked."""
+    def frozen():
+        model = tiny()[0]
+        model.requires_grad_(False)
+        model.ln_f.requires_grad_(True)
+        return model, torch.optim.AdamW(model.ln_f.parameters(), lr=0.1)
+    model, optimizer = frozen()
+    run = runs.Run(Config(out=str(tmp_path / "run"), stop_at=1))
+    run.begin(model, optimizer, 2, init_sha256="x", data_sha256="y")
+    with torch.no_grad():
+        model.ln_f.bias.fill_(3.0)
+    run.stepped(run.began, 1, 1, 1, 1)
+    run.goes_on(model, optimizer)
+    run.end()
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["model"].keys() == {"ln_f.weight", "ln_f.bias"}
+    model, optimizer = frozen()
+    run = runs.Run(Config(out=str(tmp_path / "run"), resume=True))
+    run.begin(model, optimizer, 2, init_sha256="x", data_sha256="y")
+    assert (model.ln_f.bias == 3).all() and run.at["step"] == 1
+    run.end()
+    other, optimizer = tiny()   # everything trains: not what last.pt holds
+    with pytest.raises(InputError, match="last.pt is no checkpoint to resume from: it has no h.0.attn.c_attn.bias, "):
+        runs.Run(Config(out=str(tmp_path / "run"), resume=True)).begin(other, optimizer, 2, init_sha256="x", data_sha256="y")
 
 
 def test_config_json_says_everything(tmp_path):
@@ -107,7 +135,7 @@ def test_config_json_says_everything(tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["flags"]["lr"] == 0.25 and config["flags"]["colour"] == "red" and config["steps"] == 4
     assert {"python", "torch", "numpy", "tiktoken", "matplotlib"} == config["versions"].keys()
-    assert config["parameters"] == 1272   # embeddings 256 + 128, the block 872, the last LayerNorm 16
+    assert config["init_sha256"] == "x" and config["model"]["n_embd"] == 8
 
 
 def test_no_git_on_the_machine_is_no_obstacle(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ pair a tie, and it resumes bit for bit.
 
     python -m pytest -q tests/test_train_dpo.py
 """
+import contextlib
 import json
 import math
 import sys
@@ -11,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
 
 import data
+import lora
 import model as gpt
+import optim
 import train_dpo
 import train_sft
 from files import InputError, read_checkpoint
@@ -109,6 +113,47 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictur
     assert ours[-1]["train_margin"] > 0.05   # it moved, so the comparison meant something
 
 
+def test_ten_lora_steps_equal_a_plain_loop_over_peft(sft, tmp_path, no_pictures):
+    """Adapters of peft beside transformers' GPT-2, with the A that our seed draws; the reference is a second, frozen model there,
+    and the policy with its adapters off here."""
+    cfg = replace(TINY, init=sft, out=str(tmp_path / "run"), schedule="constant", warmup=0, grad_clip=0.0, lora_rank=4,
+                  lora_alpha=2.0, lora_bias="all", lr=3e-3)
+    train_dpo.main(cfg)
+    ours = [e for e in metrics(cfg.out) if "train_loss" in e]
+
+    torch.manual_seed(cfg.seed)
+    adapted = gpt.load(sft)
+    gpt.export(adapted, tmp_path / "hf")
+    lora.add_lora(adapted, 4, 2.0)
+    base, ref = (transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval() for _ in range(2))
+    policy = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=2, target_modules=["c_attn", "c_proj", "c_fc"], bias="all",
+                                                       fan_in_fan_out=True)).eval()
+    theirs = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, layer in lora.adapters(adapted):
+            theirs[f"base_model.model.transformer.{name}.lora_A.default.weight"].copy_(layer.A)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    matrices, rest = ([p for p in trainable if p.dim() == n] for n in (2, 1))
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                              lr=3e-3, betas=(0.9, 0.99))
+    pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
+    order = data.Order([sum(len(encoding.encode(text)) for text in p) + 2 for p in pairs], 3, cfg.seed)
+    for step in range(10):
+        total = 0.0
+        for i in [i for k in (0, 1) for i in order[2 * step + k]]:
+            gap, ref_gap = (hf_logps(m, encoding, pairs[i].prompt, pairs[i].chosen)
+                            - hf_logps(m, encoding, pairs[i].prompt, pairs[i].rejected) for m in (policy, ref))
+            loss = torch.log1p(torch.exp(-0.1 * (gap - ref_gap.detach()))) / 6
+            loss.backward()
+            total += loss.item()
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainable])).item()
+        assert ours[step]["train_loss"] == pytest.approx(total, abs=2e-4)   # fp32, as above
+        assert ours[step]["grad_norm"] == pytest.approx(norm, rel=1e-2)
+        adamw.step()
+        adamw.zero_grad()
+    assert max(abs(e["train_margin"]) for e in ours) > 0.02   # it moved
+
+
 # ---- worked by hand ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, start", [("dpo", math.log(2)), ("cdpo", math.log(2) + 4 / 2)])
@@ -145,9 +190,10 @@ def test_a_reference_that_differs_stops_the_run(sft, tmp_path, monkeypatch):
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo"])
-def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, loss):
-    cfg = replace(TINY, init=sft, loss=loss)
+@pytest.mark.parametrize("loss, adapters", [("dpo", {}), ("cdpo", {}), ("dpo", {"lora_rank": 2, "lora_bias": "all"}),
+                                            ("cdpo", {"lora_rank": 1, "optimizer": "lion-pma"})])
+def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, loss, adapters):
+    cfg = replace(TINY, init=sft, loss=loss, **adapters)
     train_dpo.main(replace(cfg, out=str(tmp_path / "whole")))
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), stop_at=5))
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), resume=True))
@@ -157,6 +203,50 @@ def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, lo
     timing = ("seconds", "tokens_per_second", "peak_memory")
     a, b = ([{k: v for k, v in e.items() if k not in timing} for e in metrics(tmp_path / run)] for run in ("whole", "cut"))
     assert a == b
+
+
+def test_one_model_in_memory_is_as_good_as_two(sft, tmp_path, no_pictures, monkeypatch):
+    """With a live copy of the base in the place of the adapters that are off, a LoRA run finds the same to the last bit."""
+    cfg = replace(TINY, init=sft, lora_rank=2, lora_bias="all", loss="cdpo", lr=1e-2)
+    one = train_dpo.main(replace(cfg, out=str(tmp_path / "one")))
+    base = gpt.load(sft).eval().requires_grad_(False)
+    monkeypatch.setattr(lora, "adapters_off", lambda model: contextlib.nullcontext(base))
+    two = train_dpo.main(replace(cfg, out=str(tmp_path / "two")))
+    timing = ("seconds",)
+    assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in two.items() if k not in timing}
+    assert one["val_full_kl"] > 1e-4 and one["policy_entropy"] > 0   # they differed by then
+
+
+@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+def test_lora_works_with_every_optimizer(sft, tmp_path, no_pictures, optimizer):
+    """State for what trains and no more, of the size that was printed; best.pt is a plain model."""
+    out = tmp_path / "run"
+    final = train_dpo.main(replace(TINY, init=sft, out=str(out), steps=2, eval_every=2, lora_rank=2, optimizer=optimizer,
+                                   variance_every=1))
+    config, last = json.loads((out / "config.json").read_text()), read_checkpoint(out / "last.pt")
+    assert config["trainable"] == 2 * 2 * 16 * 128 and config["parameters"] == 724_480 + config["trainable"]
+    assert sum(t.numel() for t in last["model"].values()) == config["trainable"]
+    state = [t for s in last["optimizer"]["state"].values() for t in s.values() if torch.is_tensor(t) and t.dim()]
+    assert sum(t.numel() * t.element_size() for t in state) == config["optimizer_bytes"]
+    assert all(t.any() for t in last["model"].values()) and final["updates"] in (2, 4)   # B too has moved
+    assert sum(p.numel() for p in gpt.load(str(out)).parameters()) == 724_480
+
+
+def test_a_lora_runs_files_agree(sft, tmp_path, no_pictures):
+    """best.pt is the base with adapter.pt merged; last.pt alone is no model, and its run says so in one line."""
+    out = tmp_path / "run"
+    final = train_dpo.main(replace(TINY, init=sft, out=str(out), lora_rank=2, lora_bias="lora_only", lr=1e-2))
+    assert final["best"] == final["val_dpo_loss"]   # the last evaluation is the best: all files are of step 10
+    again = lora.merge(lora.load_adapter(gpt.load(sft), out / "adapter.pt")).state_dict()
+    best = gpt.load(str(out)).state_dict()
+    assert best.keys() == again.keys() and all(torch.equal(best[key], again[key]) for key in best)
+    with pytest.raises(InputError, match="holds only what a LoRA run trains"):
+        gpt.load(str(out / "last.pt"))
+    with pytest.raises(InputError, match="cannot be resumed with other flags: --lora-rank was 2, now 4"):
+        train_dpo.main(replace(TINY, init=sft, out=str(out), lora_rank=4, lora_bias="lora_only", lr=1e-2, resume=True))
+    train_dpo.main(replace(TINY, init=str(out), out=str(tmp_path / "next"), steps=1))   # the next stage; step 0 is checked
+    train_dpo.main(replace(TINY, init=sft, out=str(out), steps=1, overwrite=True))   # full fine-tuning: no adapter stays behind
+    assert not (out / "adapter.pt").exists()
 
 
 def test_gamma_0_is_dpo(sft, tmp_path, no_pictures):
@@ -178,6 +268,7 @@ def test_it_learns_the_training_preferences(sft, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--dropout", "0.1"], "dropout off"),
+    (["--lora-rank", "2", "--lora-dropout", "0.1"], "--lora-dropout 0.1: DPO runs with dropout off"),
     (["--loss", "cdpo", "--label-smoothing", "0.1"], "goes with --loss dpo only"),
     (["--beta", "0"], "--beta: expected a number from"),
     (["--gamma", "-1"], "--gamma: expected"),

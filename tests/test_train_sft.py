@@ -134,6 +134,36 @@ def test_counters_by_hand(tmp_path, no_pictures):
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(math.log(2048), abs=0.5)
 
 
+@pytest.mark.parametrize("bias, extra", [("none", 0), ("lora_only", 2 * 9 * 128), ("all", 2 * 11 * 128 + 128)])
+def test_what_trains_by_hand(tmp_path, no_pictures, capsys, bias, extra):
+    """mini has C = 128 and two blocks; the adapters of rank r beside its four matrices have 16 C r numbers a block, the linear
+    layers 9 C biases, the LayerNorms 2 C a block and C at the end. AdamW keeps two fp32 numbers for each. No other moves."""
+    train_sft.main(replace(TINY, steps=2, eval_every=2, out=str(tmp_path / "run"), lora_rank=3, lora_bias=bias))
+    trains = 3 * 2 * 16 * 128 + extra
+    assert (f"trains {trains:,} of 736,768 parameters ({trains / 736_768:.3%}), optimizer state {8e-6 * trains:.1f} MB"
+            in capsys.readouterr().out)
+    gpt.torch.manual_seed(TINY.seed)
+    base, tuned = gpt.load("mini").state_dict(), gpt.load(str(tmp_path / "run")).state_dict()
+    moved = {key for key in base if not torch.equal(base[key], tuned[key])}
+    matrices = {key for key in base if key.startswith("h.") and base[key].dim() == 2}
+    biases = {key for key in base if key.endswith("bias") and (bias == "all" or bias == "lora_only" and "ln_" not in key)}
+    assert moved == matrices | biases
+
+
+def test_lora_flops_by_hand(tmp_path, no_pictures):
+    """Two passes of the frozen matrices and the head, three of adapters and attention."""
+    full = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "full")))["flops"]
+    adapted = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "lora"), lora_rank=4))["flops"]
+    pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
+    order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, TINY.seed)
+    rows = [(len(encoding.encode(pairs[i].prompt)), len(encoding.encode(pairs[i].chosen))) for k in (0, 1) for i in order[k]]
+    blocks = sum(2 * 12 * 2 * 128 ** 2 * (p + r) for p, r in rows)       # the last token, end-of-text, is never put in
+    head = sum(2 * 2048 * 128 * (r + 1) for _, r in rows)
+    attention = sum(4 * 2 * 128 * (p + r) * (p + r + 1) // 2 for p, r in rows)
+    adapters = sum(2 * 4 * 16 * 128 * 2 * (p + r) for p, r in rows)
+    assert full == 3 * (blocks + head + attention) and adapted == 2 * (blocks + head) + 3 * (attention + adapters)
+
+
 def test_steps_come_from_epochs(tmp_path):
     """8000 training pairs in steps of 4 * 500: an epoch of 4 steps. --steps wins."""
     cfg = replace(TINY, steps=None, epochs=0.5, micro_batch=500, accumulate=4)
@@ -143,10 +173,12 @@ def test_steps_come_from_epochs(tmp_path):
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stop_at, optimizer", [(5, "adamw"), (7, "adamw"), (7, "lion-pma"), (7, "agma-perturb")])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at, optimizer):
+@pytest.mark.parametrize("stop_at, optimizer, adapters", [
+    (5, "adamw", {}), (7, "adamw", {}), (7, "lion-pma", {}), (7, "agma-perturb", {}),
+    (7, "adamw-pma", {"lora_rank": 2, "lora_dropout": 0.3, "lora_bias": "all"})])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at, optimizer, adapters):
     """Stopped on an evaluation and between two. (Within a period, after a skipped step: tests/test_optim.py.)"""
-    cfg = replace(TINY, dropout=0.1, optimizer=optimizer, variance_every=3)   # dropout on: the random state must come back too
+    cfg = replace(TINY, dropout=0.1, optimizer=optimizer, variance_every=3, **adapters)   # dropout: its state must come back
     train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
     cut = replace(cfg, out=str(tmp_path / "cut"))
     train_sft.main(replace(cut, stop_at=stop_at))
@@ -219,6 +251,14 @@ def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
     (["--betas", "0.9"], "adamw takes 2 numbers"),
     (["--optimizer", "lion-pma", "--betas", "0.9,1"], "lion-pma takes 2 numbers in [0, 1), found (0.9, 1.0)"),
     (["--accumulate", "0"], "--accumulate: expected at least 1, found 0"),
+    (["--lora-rank", "-1"], "--lora-rank: expected at least 0, found -1"),
+    (["--lora-rank", "200"], "LoRA rank: expected a whole number from 1 to the model's width 128, found 200"),
+    (["--lora-rank", "2", "--lora-alpha", "0"], "LoRA alpha: expected a finite number above 0, found 0"),
+    (["--lora-rank", "2", "--lora-dropout", "1"], "LoRA dropout: expected a share below 1, found 1"),
+    (["--lora-rank", "2", "--lora-bias", "some"], "invalid choice: 'some'"),
+    (["--lora-alpha", "4"], "go with --lora-rank"),
+    (["--lora-dropout", "0.1"], "go with --lora-rank"),
+    (["--lora-bias", "all"], "go with --lora-rank"),
     (["--variance-every", "0"], "--variance-every: expected at least 1, found 0"),
     (["--betas", "0.9,x"], "expected numbers with commas"),
     (["--device", "abacus"], "--device abacus"),
