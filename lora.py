@@ -57,9 +57,10 @@ def add_lora(model, rank, alpha=None, dropout=0.0, bias="none", base_sha256=None
     the biases trains, `lora_only` those of the adapted layers, `all` of them, LayerNorm's included. base_sha256: fingerprint() of
     the model's state dict where it is known. Draws from torch's global generator.
     """
-    smallest, alpha = model.config.n_embd, 2 * rank if alpha is None else alpha
-    if not (type(rank) is int and 1 <= rank <= smallest):
-        raise InputError(f"LoRA rank: expected a whole number from 1 to the model's width {smallest}, found {rank}")
+    width = model.config.n_embd
+    if not (type(rank) is int and 1 <= rank <= width):
+        raise InputError(f"LoRA rank: expected a whole number from 1 to the model's width {width}, found {rank}")
+    alpha = 2 * rank if alpha is None else alpha
     if not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
         raise InputError(f"LoRA alpha: expected a finite number above 0, found {alpha}")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):

@@ -3,7 +3,7 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
 
     python train_sft.py                                         # the embedded data, from scratch, on a laptop
     python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
-    python train_sft.py --init ... --lora-rank 8 --lr 1e-2      # adapters beside frozen weights (lora.py)
+    python train_sft.py --init ... --lora-rank 8 --lr 5e-3      # adapters beside frozen weights (lora.py)
 
 Simplified: one process, one GPU; a micro-batch is a padded rectangle.
 """

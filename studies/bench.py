@@ -2,8 +2,8 @@
 How fast is it? Ratios within one run, since a machine's speed drifts.
 
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
-    python -m studies.bench lora        # SFT by LoRA rank, and DPO with adapters off as the reference: time and peak memory
-    python -m studies.bench lora --device cuda --model gpt2-medium
+    python -m studies.bench lora        # SFT by LoRA rank, one dialogue a step: time and peak memory, against full fine-tuning
+    python -m studies.bench lora-dpo --model gpt2-medium   # DPO with the adapters off as reference, against a second model
 """
 import argparse
 import contextlib
@@ -159,26 +159,29 @@ def against_full(step, name, cases, tokens, device, rounds):
     return rows
 
 
-def lora_steps(name, device, out, tokens=1024, rounds=5):
-    cases = [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]
+def adapters_against_full(step, name, cases, device, out, tokens, rounds):
     where = torch.cuda.get_device_name() if runs.setup(runs.Config(device=device))[0].type == "cuda" else "CPU"
-    print(f"{where}: SFT of {name}, one sequence of {tokens} tokens, AdamW, {rounds} rounds\n")
-    found = {"model": name, "machine": where, "tokens": tokens}
-    found["rows"] = against_full(sft_step, name, cases, tokens, device, rounds)
-    print(f"\nDPO of gpt2-medium, one pair of {tokens} tokens a dialogue; full has a second model as its reference\n")
-    found["dpo"] = against_full(dpo_step, "gpt2-medium", [(8, "none")], tokens, device, rounds)
+    print(f"{where}, {name}, {tokens} tokens a dialogue, AdamW, {rounds} rounds\n")
+    rows = against_full(step, name, cases, tokens, device, rounds)
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(out).write_text(json.dumps({"model": name, "machine": where, "tokens": tokens, "rows": rows}, indent=1) + "\n")
 
+
+CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]),
+         "lora-dpo": (dpo_step, [(8, "none")])}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["optim", "lora"])
-    parser.add_argument("--model", choices=gpt.SIZES, default="gpt2", help="of `lora`'s first table")
-    parser.add_argument("--device", default="auto", help="of `lora`")
-    parser.add_argument("--out", help="a JSON file for `lora`'s rows; results/ranks/cost-*.json are drawn by studies.ranks")
-    options = parser.parse_args()
-    if options.what == "optim":
-        optim_steps()
+    parser.add_argument("what", choices=["optim", *CASES])
+    parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
+    options = parser.add_argument_group("of lora and lora-dpo")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--tokens", type=int, default=1024, help="of a dialogue")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--out", help="JSON file for the rows; studies.ranks draws results/ranks/cost-*.json")
+    cfg = parser.parse_args()
+    if cfg.what == "optim":
+        optim_steps(cfg.model)
     else:
-        lora_steps(options.model, options.device, options.out)
+        step, cases = CASES[cfg.what]
+        adapters_against_full(step, cfg.model, cases, cfg.device, cfg.out, cfg.tokens, cfg.rounds)

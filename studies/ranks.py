@@ -6,11 +6,12 @@ of its own.
     python -m studies.ranks                 # everything: about 75 minutes on 2 cores
     python -m studies.ranks --minutes 30    # a piece of it: stops after 30 minutes; call it again to go on
     python -m studies.ranks --report        # tables and pictures of what is there
-    python -m studies.bench lora            # memory and speed at the published model's shape: the report's third picture
+    python -m studies.bench lora --out results/ranks/cost-gpt2.json     # memory and speed, drawn by --report
 
 minihh's training set in two halves that share no dialogue. Every run begins with a mini model after six epochs of SFT on one half
-and goes on with the other (the papers: an SFT model on the SFT data). SFT: 250 steps of 16 dialogues; full fine-tuning and ranks
-1, 2, 8, 16 in three bias modes. DPO: 120 steps of 16 pairs; full, four ranks, and rank 8 in three bias modes.
+and goes on with the other (the papers: an SFT model on the SFT data). SFT: 250 steps of 16 dialogues; full fine-tuning; ranks 1,
+2, 8, 16 in three bias modes; rank 128, the model's width, where the blocks' matrices can go anywhere. DPO: 120 steps of 16 pairs;
+full, four ranks, and rank 8 in three bias modes.
 
 Rates by the rule of studies/lab.py, on valid, seed 1: the lowest loss of a run's evaluations decides. Then five seeds, each from
 a start of its own; the checkpoint with the lowest loss on valid is judged once on *test*: its loss, its accuracy on pairs, the
@@ -40,7 +41,7 @@ from studies.lab import Lab, command_line, rate, rates_table, search
 RUNS = Path("runs/ranks")   # under the repository
 SEEDS = 5
 RANKS = (1, 2, 8, 16)
-COLORS = {0: "#222222", 1: "#86c440", 2: "#2a8f5b", 8: "#1f5fa8", 16: "#6a3d9a",
+COLORS = {0: "#222222", 1: "#86c440", 2: "#2a8f5b", 8: "#1f5fa8", 16: "#6a3d9a", 128: "#8c8c8c",
           "none": "#1f5fa8", "lora_only": "#e8890c", "all": "#c8553d"}
 
 
@@ -57,7 +58,8 @@ class Task(NamedTuple):
 FULL = (0, "all")
 TASKS = {
     "sft": Task("train_sft.py", ["--steps", 250, "--warmup", 20, "--eval-every", 50],
-                [FULL, *((rank, bias) for bias in lora.BIASES for rank in RANKS)], "val_loss", "val_logp_accuracy", -3, 1),
+                [FULL, *((rank, bias) for bias in lora.BIASES for rank in RANKS), (128, "none")], "val_loss", "val_logp_accuracy",
+                -3, 1),
     "dpo": Task("train_dpo.py", ["--steps", 120, "--warmup", 10, "--eval-every", 30],
                 [FULL, *((rank, "none") for rank in RANKS), (8, "lora_only"), (8, "all")], "val_dpo_loss", "val_reward_accuracy",
                 -8, -2)}
@@ -166,7 +168,7 @@ def report(lab):
                  *rates_table(grids), "", *results(lab, task, rates), ""]
         curves(lab, task, rates, folder / f"{task}.png")
     answers(lab, folder / "answers.png")
-    costs = {path.stem.removeprefix("cost-"): json.loads(path.read_text()) for path in sorted(folder.glob("cost-*.json"))}
+    costs = [json.loads(path.read_text()) for path in sorted(folder.glob("cost-*.json"))]
     if costs:
         cost(costs, folder / "cost.png")
     (folder / "tables.md").write_text("\n".join(text))
@@ -280,11 +282,11 @@ def answers(lab, path):
 def cost(costs, path):
     """Figure 4 of 000_...: memory, per cent that trains, speed, by rank, as studies.bench measured them, a machine each."""
     figure, axes = plots.canvas(3)
-    for offset, (machine, found) in enumerate(costs.items()):
+    for offset, found in enumerate(costs):
         rows = [row for row in found["rows"] if row["bias"] == "none" or not row["rank"]]
         for axis, key, scale in zip(axes, ("peak_bytes", "share", "speed"), (1e-9, 100, 1)):
             axis.bar([i + 0.38 * offset for i in range(len(rows))], [row[key] * scale for row in rows], width=0.36,
-                     label=f"{found['model']}, {machine}", color=("#1f5fa8", "#e8890c", "#2a8f5b")[offset])
+                     label=f"{found['model']}, {found['machine']}", color=("#1f5fa8", "#e8890c", "#2a8f5b")[offset])
             axis.set_xticks([i + 0.19 * (len(costs) - 1) for i in range(len(rows))],
                             [f"r = {row['rank']}" if row["rank"] else "full" for row in rows], fontsize=8)
     for axis, text in zip(axes, ("peak memory, GB", "per cent that trains (log axis)", "steps a second, full = 1")):

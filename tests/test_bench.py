@@ -65,7 +65,7 @@ def test_workers_take_turns_in_processes_of_their_own():
     assert found[1]["trainable"] == 4096 and all(row["peak_bytes"] > 5e7 for row in found)
 
 
-def test_lora_table_by_hand(monkeypatch, tmp_path, capsys):
+def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
     """Full takes 4, 6, 8 s and 10 GB; adapters half of that in the first round and as long in the others, and 4 GB."""
     asked = []
 
@@ -75,14 +75,12 @@ def test_lora_table_by_hand(monkeypatch, tmp_path, capsys):
         return [{**size, "trainable": 1000, "seconds": [4, 6, 8], "peak_bytes": 10 * 10 ** 9},
                 {**size, "trainable": 25, "seconds": [2, 6, 8], "peak_bytes": 4 * 10 ** 9}]
     monkeypatch.setattr(bench, "take_turns", take_turns)
-    bench.lora_steps("gpt2", "cpu", tmp_path / "cost.json", rounds=3)
+    bench.adapters_against_full(bench.sft_step, "gpt2", bench.CASES["lora"][1], "cpu", tmp_path / "cost.json", 64, 3)
     printed = capsys.readouterr().out
-    assert printed.count("| full | 1,000 | 100.000 | 6.000 | 1.00 [1.00, 1.00] | 10.00 | 1.00 |") == 2
-    assert printed.count("| rank 8, bias none | 25 | 2.500 | 6.000 | 1.00 [1.00, 2.00] | 4.00 | 0.40 |") == 2
-    assert [jobs[1] for jobs, _ in asked] == [
-        *((bench.sft_step, ("gpt2", rank, bias, 1024, "cpu")) for rank, bias in (
-            (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))),
-        (bench.dpo_step, ("gpt2-medium", 8, "none", 1024, "cpu"))]
-    assert all(jobs[0][1][1] == 0 and jobs[0][0] == jobs[1][0] and rounds == 3 for jobs, rounds in asked)
+    assert printed.count("| full | 1,000 | 100.000 | 6.000 | 1.00 [1.00, 1.00] | 10.00 | 1.00 |") == 1
+    assert printed.count("| rank 8, bias none | 25 | 2.500 | 6.000 | 1.00 [1.00, 2.00] | 4.00 | 0.40 |") == 1
+    assert [jobs[1] for jobs, _ in asked] == [(bench.sft_step, ("gpt2", rank, bias, 64, "cpu")) for rank, bias in (
+        (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))]
+    assert all(jobs[0] == (bench.sft_step, ("gpt2", 0, "all", 64, "cpu")) and rounds == 3 for jobs, rounds in asked)
     found = json.loads((tmp_path / "cost.json").read_text())
-    assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["dpo"][1]["peak_share"] == 0.4
+    assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["rows"][3]["peak_share"] == 0.4

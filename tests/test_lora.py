@@ -641,7 +641,7 @@ def test_a_model_that_has_adapters_is_refused_another(adapter):
 
 A = "h.0.mlp.c_fc.A"
 
-FINITE = "expected the finite tensors of an adapter of rank 2 with bias all"
+FINITE = "expected finite tensors of an adapter of rank 2 with bias all"
 TAMPERED = {   # a change to what the file holds, written with the right SHA-256 -> the complaint
     "nan": (lambda saved: saved["adapter"]["ln_f.bias"].__setitem__(3, math.nan), FINITE),
     "inf": (lambda saved: saved["adapter"][A].__setitem__((0, 0), -math.inf), FINITE),
@@ -655,6 +655,9 @@ TAMPERED = {   # a change to what the file holds, written with the right SHA-256
     "rank 0": (lambda saved: saved.update(rank=0), "LoRA rank"),
     "alpha nan": (lambda saved: saved.update(alpha=math.nan), "LoRA alpha"),
     "bias some": (lambda saved: saved.update(bias="some"), "LoRA bias"),
+    "alpha a word": (lambda saved: saved.update(alpha="x"), "LoRA alpha"),
+    "a list": (lambda saved: saved.update(adapter=[1.0]), FINITE),
+    "no tensor": (lambda saved: saved["adapter"].update({A: 1.0}), FINITE),
     "no alpha": (lambda saved: saved.pop("alpha"), r"adapter\.pt: expected a file of this project with rank, alpha"),
     "no tensors": (lambda saved: saved.pop("adapter"), r"adapter\.pt: expected a file of this project with rank, alpha"),
 }
@@ -666,8 +669,39 @@ def test_a_tampered_adapter_is_refused(adapter, name):
     saved = read_checkpoint(adapter, ("adapter",))
     change(saved)
     write_checkpoint(adapter, saved)
+    model = base()
     with pytest.raises(InputError, match=named):
-        load_adapter(base(), adapter)
+        load_adapter(model, adapter)
+    assert_same(model.state_dict(), base().state_dict())   # as it was, and ready for another adapter
+    assert not hasattr(model, "lora") and all(p.requires_grad for p in model.parameters())
+
+
+def test_inside_adapters_off_nothing_is_saved_or_merged(tmp_path):
+    """It would be half of the adapter: the biases in place are the base's."""
+    model = base()
+    add_lora(model, 2, bias="all")
+    with adapters_off(model):
+        for take in (lora.merged_state, lora.adapter_state, lora.merge, lambda model: save_adapter(model, tmp_path / "a.pt")):
+            with pytest.raises(InputError, match="adapters are off"):
+                take(model)
+    assert not (tmp_path / "a.pt").exists() and lora.adapter_state(model)["alpha"] == 4.0   # alpha None: twice the rank
+
+
+def test_an_eval_model_stays_one():
+    model = base().eval()
+    add_lora(model, 2, dropout=0.5)
+    assert not any(module.training for module in model.modules())
+
+
+def test_merging_under_autocast_stays_in_full_precision():
+    model = base()
+    add_lora(model, 2)
+    with torch.no_grad():
+        for _, layer in lora.adapters(model):
+            layer.B.normal_()
+    plain = lora.merged_state(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(lora.merged_state(model), plain)
 
 
 def test_what_is_no_adapter_is_refused(adapter):

@@ -97,16 +97,16 @@ def test_all_runs_of_the_study(lab, monkeypatch):
     study.work(lab)
     assert sorted(asked[:5]) == [f"start-s{seed}" for seed in range(1, 6)]
     names = {name for name in asked if "/" in name}
-    for task, count in (("sft", 13), ("dpo", 7)):
+    for task, count in (("sft", 14), ("dpo", 7)):
         assert len(study.TASKS[task].configurations) == count
         for rank, bias in study.TASKS[task].configurations:
             mine = {name for name in names if name.startswith(f"{task}/{study.label(rank, bias)}-")}
             assert sum(name.endswith("-s1") for name in mine) == 5 and len(mine) == 9   # the middle, its neighbours, two outside
-    assert len(judged) == 5 * (13 + 7 + 2)
+    assert len(judged) == 5 * (14 + 7 + 2)
     assert {arguments[0] for arguments in judged} == {"sft", "dpo"} and all(
         str(where).endswith(f"start-s{str(folder)[-1]}") for _, folder, where in judged)
     study.work(study.new_lab(lab.file.parent))   # what is judged is not judged again
-    assert len(judged) == 5 * (13 + 7 + 2)
+    assert len(judged) == 5 * (14 + 7 + 2)
 
 
 def test_report_by_hand(lab, monkeypatch, capsys):
@@ -125,7 +125,7 @@ def test_report_by_hand(lab, monkeypatch, capsys):
     monkeypatch.setattr(study, "judge", judge)
     study.work(lab)
     rows = [{"rank": rank, "bias": "none", "share": 1.0, "peak_bytes": 1e9, "speed": 1.5} for rank in (0, 1)]
-    (lab.file.parent / "cost-abacus.json").write_text(json.dumps({"model": "gpt2", "rows": rows}))
+    (lab.file.parent / "cost-abacus.json").write_text(json.dumps({"model": "gpt2", "machine": "abacus", "rows": rows}))
     capsys.readouterr()
     study.report(lab)
     text = capsys.readouterr().out
