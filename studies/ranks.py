@@ -216,15 +216,21 @@ def results(lab, task, rates):
     found = {"start": tests(lab, task, "start"), **{name: tests(lab, task, f"{name}-{lr:g}") for name, lr in rates.items()}}
     what = "accuracy of log-probs" if task == "sft" else "reward accuracy"
     lines = [f"On test, {max(map(len, found.values()))} seeds: median [range]. Differences of the loss are means [range], paired "
-             "by seed: from full fine-tuning, and from the same rank with bias none.", "",
-             f"| | rate | n | test loss | {what} | right answers, greedy | loss against full | loss against bias none |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+             "by seed: from full fine-tuning, and from the same rank with bias none. Of full's gain: how far of the way from the "
+             "start's loss to full's.", "",
+             f"| | rate | n | test loss | {what} | right answers, greedy | of full's gain | against full | against bias none |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, by_seed in found.items():
         if by_seed:
             columns = [plots.spread([run[key] for run in by_seed.values()], 3) for key in ("loss", "accuracy", "right")]
             plain = found.get(f"{name.split('-')[0]}-none", {})
-            against = [difference(by_seed, found["full"], "loss") if name not in ("full", "start") else "",
-                       difference(by_seed, plain, "loss") if "-none" not in name and name not in ("full", "start") else ""]
+            against = ["", "", ""]
+            if name not in ("start", "full"):
+                ends = {seed: (found["start"][seed]["loss"], found["full"][seed]["loss"]) for seed in by_seed
+                        if seed in found["start"] and seed in found["full"]}
+                against = [plots.spread([(a - by_seed[seed]["loss"]) / (a - b) for seed, (a, b) in ends.items()]),
+                           difference(by_seed, found["full"], "loss"),
+                           difference(by_seed, plain, "loss") if "-none" not in name else ""]
             lines.append(f"| {name} | {rates.get(name, '')} | {len(by_seed)} | {' | '.join(columns + against)} |")
     return lines
 
