@@ -16,6 +16,7 @@ import minihh
 import model as gpt
 from files import write_checkpoint
 from studies import ranks as study
+from studies.lab import HERE
 
 
 @pytest.fixture
@@ -68,6 +69,11 @@ def test_counted_shares_by_hand():
     assert lines["full"][7:] == ["354,823,168", "100.000", "2,838.6 |"]
     assert lines["r8-lora_only"][7] == f"{8 * 393_216 + 24 * 9 * 1024:,}"   # biases: 3 C, C, 4 C, C a layer
     assert lines["r8-all"][7] == f"{8 * 393_216 + 24 * 11 * 1024 + 1024:,}"  # and C in each of 49 LayerNorms
+
+
+def test_the_readme_has_the_counted_table():
+    readme = (HERE / "README.md").read_text()
+    assert "\n".join(study.shares()[2:]) in readme
 
 
 def test_all_runs_of_the_study(lab, monkeypatch):
