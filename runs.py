@@ -370,7 +370,7 @@ class Run:
 
 
 def trained(model):
-    """{name: parameter} of what trains: everything, or with LoRA what --init does not hold."""
+    """{name: tensor} of what trains: everything, or with LoRA what --init does not hold. The tensors are the parameters' own."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 

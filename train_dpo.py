@@ -4,7 +4,7 @@ Direct preference optimisation (DPO), and its conservative variant CDPO: a model
     python train_dpo.py                                   # from runs/sft, the embedded data
     python train_dpo.py --loss cdpo --gamma 10 --out runs/cdpo
     python train_dpo.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
-    python train_dpo.py --lora-rank 8 --lr 4e-4           # adapters beside frozen weights (lora.py)
+    python train_dpo.py --lora-rank 8 --lr 1e-3           # adapters beside frozen weights (lora.py)
 
 The reference is a frozen copy of --init, run beside the policy; with LoRA it is the policy with its adapters off: one model in
 memory. Both see every pair with dropout off. Before the first step they are the same model, so the loss must be log 2 and every

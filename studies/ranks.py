@@ -3,7 +3,7 @@ Does LoRA's rank matter, does training biases help, and what does it cost? The s
 2.2, without what confounded it: only adapters (and the biases of the mode) train, alpha = 2 rank, every configuration at a rate
 of its own.
 
-    python -m studies.ranks                 # everything: about 75 minutes on 2 cores
+    python -m studies.ranks                 # everything: about 85 minutes on 2 cores
     python -m studies.ranks --minutes 30    # a piece of it: stops after 30 minutes; call it again to go on
     python -m studies.ranks --report        # tables and pictures of what is there
     python -m studies.bench lora --out results/ranks/cost-gpt2.json     # memory and speed, drawn by --report

@@ -150,6 +150,14 @@ def test_what_trains_by_hand(tmp_path, no_pictures, capsys, bias, extra):
     assert moved == matrices | biases
 
 
+def test_every_lora_flag_arrives(tmp_path, no_pictures, monkeypatch):
+    given, real = [], train_sft.lora.add_lora
+    monkeypatch.setattr(train_sft.lora, "add_lora", lambda *arguments: given.append(arguments[1:5]) or real(*arguments))
+    train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "run"), lora_rank=3, lora_alpha=5.0, lora_dropout=0.2,
+                           lora_bias="all"))
+    assert given == [(3, 5.0, 0.2, "all")]
+
+
 def test_lora_flops_by_hand(tmp_path, no_pictures):
     """Two passes of the frozen matrices and the head, three of adapters and attention."""
     full = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "full")))["flops"]
