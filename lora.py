@@ -40,10 +40,13 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x):
-        y = self.base(x)
         if not self.on:
-            return y
-        return y + F.linear(F.linear(self.drop(x), self.A) * self.scale, self.B)   # scaled where it is thin
+            return self.base(x)
+        rows = x.reshape(-1, x.size(-1))   # (B T, in): a view of y changed in place would cost the backward pass a copy
+        y = self.base(rows)
+        # in place: a sum beside y would leave a hole as large as y in the heap, layer after layer; .to: autocast skips addmm_
+        y.addmm_(F.linear(self.drop(rows), self.A), self.B.T.to(y.dtype), alpha=self.scale)
+        return y.view(*x.shape[:-1], -1)
 
     def merged_weight(self):
         with torch.autocast(self.A.device.type, enabled=False):

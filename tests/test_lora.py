@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig, LoraModel
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 import lora
@@ -367,6 +368,38 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
     plain.train()
     state = torch.get_rng_state()
     assert torch.equal(hidden(plain), hidden(plain.eval())) and torch.equal(torch.get_rng_state(), state)   # none: none is drawn
+
+
+class Made(TorchDispatchMode):
+    """The storages that operations make, each once; all stay alive, so that no address comes twice."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given, self.storages = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in self.given:   # else it is a view of what was there
+                self.storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return out
+
+    def count(self, numbers):
+        return sum(storage.nbytes() == 4 * numbers for storage in self.storages.values())
+
+
+def test_the_output_is_made_once():
+    """5 rows of 7 in, 11 out, rank 2, so A x has 10 numbers. A sum beside the base's output would be a second 55 forward; an
+    addition into a view would copy the gradient's 55 backward. The frozen weight has no gradient of 77, A and B have theirs."""
+    layer, x = LoRALinear(torch.nn.Linear(7, 11).requires_grad_(False), 2, 4, 0.0), torch.randn(1, 5, 7, requires_grad=True)
+    gradient = torch.ones(1, 5, 11)
+    with Made() as forward:
+        y = layer(x)
+    assert (forward.count(55), forward.count(10)) == (1, 1)
+    with Made(gradient, *layer.parameters()) as backward:
+        y.backward(gradient)
+    assert backward.count(14) >= 1 and backward.count(22) >= 1
+    assert (backward.count(55), backward.count(77)) == (0, 0)
 
 
 @pytest.mark.parametrize("given, named", [
