@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import model as gpt
 import optim
 import runs
 import train_dpo
+from files import InputError
 
 
 def optim_steps(name="gpt2", rounds=25):
@@ -58,14 +60,24 @@ def optim_steps(name="gpt2", rounds=25):
 
 def worker(connection, make, arguments):
     """One step for every True that arrives, its seconds back; at last the bytes at the peak, and what else make() tells."""
-    step, facts = make(*arguments)
-    while connection.recv():
-        began = time.perf_counter()
-        step()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        connection.send(time.perf_counter() - began)
-    connection.send({**facts, "peak_bytes": runs.peak_memory()})
+    with contextlib.suppress(torch.OutOfMemoryError):   # its end is told from its silence, as where the system kills it
+        step, facts = make(*arguments)
+        while connection.recv():
+            began = time.perf_counter()
+            step()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            connection.send(time.perf_counter() - began)
+        connection.send({**facts, "peak_bytes": runs.peak_memory()})
+
+
+def ask(connection, more):
+    try:
+        connection.send(more)
+        return connection.recv()
+    except (EOFError, OSError):
+        raise InputError("a process of the benchmark ended early, as one does that needs more memory than there is: "
+                         "try fewer --tokens or a smaller --model") from None
 
 
 def take_turns(jobs, rounds):
@@ -81,12 +93,10 @@ def take_turns(jobs, rounds):
     seconds = [[] for _ in jobs]
     for _ in range(rounds + 1):
         for (_, connection), took in zip(workers, seconds):
-            connection.send(True)
-            took.append(connection.recv())
+            took.append(ask(connection, True))
     found = []
     for (process, connection), took in zip(workers, seconds):
-        connection.send(False)
-        found.append({**connection.recv(), "seconds": took[1:]})
+        found.append({**ask(connection, False), "seconds": took[1:]})
         process.join()
     return found
 
@@ -170,7 +180,8 @@ def adapters_against_full(step, name, cases, device, out, tokens, rounds):
 CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]),
          "lora-dpo": (dpo_step, [(8, "none")])}
 
-if __name__ == "__main__":
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["optim", *CASES])
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
@@ -179,9 +190,24 @@ if __name__ == "__main__":
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for the rows; studies.ranks draws results/ranks/cost-*.json")
-    cfg = parser.parse_args()
+    cfg = parser.parse_args(argv)
     if cfg.what == "optim":
         optim_steps(cfg.model)
-    else:
-        step, cases = CASES[cfg.what]
-        adapters_against_full(step, cfg.model, cases, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
+        return
+    context = gpt.SIZES[cfg.model].block_size
+    if not 4 <= cfg.tokens <= context:   # three of four are prompt
+        raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
+    if cfg.rounds < 1:
+        raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
+    if cfg.out and not Path(cfg.out).parent.is_dir():   # better now than after the work
+        raise InputError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
+    step, cases = CASES[cfg.what]
+    adapters_against_full(step, cfg.model, cases, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

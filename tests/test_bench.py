@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from files import InputError
 from studies import bench
 
 
@@ -84,3 +85,29 @@ def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
     assert all(jobs[0] == (bench.sft_step, ("gpt2", 0, "all", 64, "cpu")) and rounds == 3 for jobs, rounds in asked)
     found = json.loads((tmp_path / "cost.json").read_text())
     assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["rows"][3]["peak_share"] == 0.4
+
+
+# ---- bad input
+
+def dies(*_):
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["lora", "--rounds", "0"], "--rounds: expected at least 1, found 0"),
+    (["lora", "--tokens", "1025"], "--tokens: expected 4 to 1024, the context of gpt2, found 1025"),
+    (["lora-dpo", "--model", "mini", "--tokens", "3"], "--tokens: expected 4 to 512, the context of mini, found 3"),
+    (["lora", "--device", "none"], "--device none: "),
+    (["lora", "--out", "none/cost.json"], "--out none/cost.json: there is no folder none"),
+])
+def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
+    monkeypatch.setattr(bench, "take_turns", None)
+    with pytest.raises(InputError, match=f"^{re.escape(named)}") as e:
+        bench.main(flags)
+    assert "\n" not in str(e.value)
+
+
+def test_a_process_that_runs_out_of_memory_is_one_line(capfd):
+    with pytest.raises(InputError, match="ended early, as one does that needs more memory than there is: try fewer --tokens"):
+        bench.take_turns([(dies, ())], 1)
+    assert capfd.readouterr().err == ""
