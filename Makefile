@@ -8,9 +8,9 @@ demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: ab
 	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo --out $(DEMO)-eval
 	@echo "pictures: $(DEMO)-sft/loss.png $(DEMO)-sft/accuracy.png $(DEMO)-dpo/loss.png $(DEMO)-dpo/accuracy.png"
 
-test: .venv/ready   ## ruff and the whole test suite
+test: .venv/ready   ## ruff and the whole test suite, in two processes of one thread each
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Made once, and again when what it installs has changed.
 .venv/ready: requirements.txt requirements-dev.txt constraints.txt
