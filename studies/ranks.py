@@ -290,13 +290,16 @@ def cost(costs, path):
     figure, axes = plots.canvas(3)
     for offset, found in enumerate(costs):
         rows = [row for row in found["rows"] if row["bias"] == "none" or not row["rank"]]
+        places = [i + 0.38 * offset for i in range(len(rows))]
         for axis, key, scale in zip(axes, ("peak_bytes", "share", "speed"), (1e-9, 100, 1)):
-            axis.bar([i + 0.38 * offset for i in range(len(rows))], [row[key] * scale for row in rows], width=0.36,
+            axis.bar(places, [row[key] * scale for row in rows], width=0.36, zorder=2,
                      label=f"{found['model']}, {found['machine']}", color=("#1f5fa8", "#e8890c", "#2a8f5b")[offset])
             axis.set_xticks([i + 0.19 * (len(costs) - 1) for i in range(len(rows))],
                             [f"r = {row['rank']}" if row["rank"] else "full" for row in rows], fontsize=8)
-    for axis, text in zip(axes, ("peak memory, GB", "per cent that trains (log axis)", "steps a second, full = 1")):
-        plots.finish(axis, "", text)
+        axes[2].vlines(places, *zip(*(row["speed_range"] for row in rows)), color="#222222", linewidth=1, zorder=3)
+    texts = ("peak memory, GB", "per cent that trains (log axis)", "steps a second, full = 1: median, range of rounds")
+    for axis, text in zip(axes, texts):
+        plots.finish(axis, "", text, legend=axis is axes[0])
     axes[1].set_yscale("log")
     figure.suptitle("One SFT step by rank, bias none (python -m studies.bench lora)", fontsize=10)
     figure.savefig(path, dpi=110)

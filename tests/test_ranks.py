@@ -130,7 +130,8 @@ def test_report_by_hand(lab, monkeypatch, capsys):
         return {"loss": (loss if name.startswith("full") else 2 * loss) - 0.1 * ("-all" in name), "accuracy": 0.75, "right": 0.5}
     monkeypatch.setattr(study, "judge", judge)
     study.work(lab)
-    rows = [{"rank": rank, "bias": "none", "share": 1.0, "peak_bytes": 1e9, "speed": 1.5} for rank in (0, 1)]
+    rows = [{"rank": rank, "bias": "none", "share": 1.0, "peak_bytes": 1e9, "speed": 1.5,
+             "speed_range": [1.4, 1.6]} for rank in (0, 1)]
     (lab.file.parent / "cost-abacus.json").write_text(json.dumps({"model": "gpt2", "machine": "abacus", "rows": rows}))
     capsys.readouterr()
     study.report(lab)
