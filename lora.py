@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         y = self.base(rows)
         # in place: a sum beside y would leave a hole as large as y in the heap, layer after layer; .to: autocast skips addmm_
         y.addmm_(F.linear(self.drop(rows), self.A), self.B.T.to(y.dtype), alpha=self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.size(-1))
 
     def merged_weight(self):
         with torch.autocast(self.A.device.type, enabled=False):

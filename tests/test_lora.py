@@ -244,6 +244,14 @@ def test_one_layer_by_hand():
     assert layer.merged_weight().tolist() == [[4, 0, 5], [6, 4, 6]]   # W + 3 ((1, 0, 1), (2, 1, 2))
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (2, 4), (1, 2, 4), (0,), (0, 2), (2, 0)])
+def test_any_number_of_rows(shape):
+    """Also none, as nn.Linear."""
+    layer = hand_layer()
+    y = layer(torch.ones(*shape, 3))
+    assert y.shape == (*shape, 2) and torch.equal(y, layer(torch.ones(3)).expand(*shape, 2))
+
+
 def test_off_and_on_by_hand():
     """A trained bias of (11, 21) stands at the base's (10, 20) while the adapters are off."""
     model = torch.nn.Sequential(hand_layer())
