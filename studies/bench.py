@@ -60,7 +60,7 @@ def optim_steps(name="gpt2", rounds=25):
 
 def worker(connection, make, arguments):
     """One step for every True that arrives, its seconds back; at last the bytes at the peak, and what else make() tells."""
-    with contextlib.suppress(torch.OutOfMemoryError):   # its end is told from its silence, as where the system kills it
+    with contextlib.suppress(torch.OutOfMemoryError):   # take_turns hears of it as of one that the system kills
         step, facts = make(*arguments)
         while connection.recv():
             began = time.perf_counter()
@@ -76,7 +76,7 @@ def ask(connection, more):
         connection.send(more)
         return connection.recv()
     except (EOFError, OSError):
-        raise InputError("a process of the benchmark ended early, as one does that needs more memory than there is: "
+        raise InputError("a process of the benchmark ended early. Unless it says above why, it needed more memory than there is: "
                          "try fewer --tokens or a smaller --model") from None
 
 
@@ -90,15 +90,13 @@ def take_turns(jobs, rounds):
         process.start()
         there.close()   # so that the death of the process is seen here
         workers.append((process, here))
-    seconds = [[] for _ in jobs]
-    for _ in range(rounds + 1):
-        for (_, connection), took in zip(workers, seconds):
-            took.append(ask(connection, True))
-    found = []
-    for (process, connection), took in zip(workers, seconds):
-        found.append({**ask(connection, False), "seconds": took[1:]})
-        process.join()
-    return found
+    try:
+        seconds = [[ask(connection, True) for _, connection in workers] for _ in range(rounds + 1)][1:]
+        return [{**ask(connection, False), "seconds": list(took)} for (_, connection), took in zip(workers, zip(*seconds))]
+    finally:   # one that waits for its next turn says nothing more
+        for process, _ in workers:
+            process.terminate()
+            process.join()
 
 
 def adapted(name, rank, bias, device):
@@ -148,7 +146,7 @@ def dpo_step(name, rank, bias, tokens, device):
     return stepping(model, optimizer, loss)
 
 
-def against_full(step, name, cases, tokens, device, rounds):
+def against_full(step, cases, name, tokens, device, rounds):
     """Rows of a table: full fine-tuning, and every (rank, bias) of `cases` taking turns with a full one of its own."""
     rows = []
     for rank, bias in cases:
@@ -159,22 +157,29 @@ def against_full(step, name, cases, tokens, device, rounds):
                          "seconds": statistics.median(row["seconds"]), "speed": statistics.median(ratios),
                          "speed_range": [min(ratios), max(ratios)], "peak_bytes": row["peak_bytes"],
                          "peak_share": row["peak_bytes"] / full["peak_bytes"]})
-    print("| | trainable | per cent | seconds a step | steps a second, full = 1: median [range] | peak memory, GB | of full's |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        label = f"rank {row['rank']}, bias {row['bias']}" if row["rank"] else "full"
-        print(f"| {label} | {row['trainable']:,} | {100 * row['share']:.3f} | {row['seconds']:.3f} | {row['speed']:.2f} "
-              f"[{row['speed_range'][0]:.2f}, {row['speed_range'][1]:.2f}] | {row['peak_bytes'] / 1e9:.2f} | "
-              f"{row['peak_share']:.2f} |", flush=True)
     return rows
 
 
-def adapters_against_full(step, name, cases, device, out, tokens, rounds):
+def table(rows):
+    lines = ["| | trainable | per cent | seconds a step | steps a second, full = 1: median [range] | peak memory, GB "
+             "| of full's |", "| --- |" + " --- |" * 6]
+    for row in rows:
+        label = f"rank {row['rank']}, bias {row['bias']}" if row["rank"] else "full"
+        lines.append(f"| {label} | {row['trainable']:,} | {100 * row['share']:.3f} | {row['seconds']:.3f} | {row['speed']:.2f} "
+                     f"[{row['speed_range'][0]:.2f}, {row['speed_range'][1]:.2f}] | {row['peak_bytes'] / 1e9:.2f} | "
+                     f"{row['peak_share']:.2f} |")
+    return "\n".join(lines)
+
+
+def adapters_against_full(what, name, device, out, tokens, rounds):
     where = torch.cuda.get_device_name() if runs.setup(runs.Config(device=device))[0].type == "cuda" else "CPU"
-    print(f"{where}, {name}, {tokens} tokens a dialogue, AdamW, {rounds} rounds\n")
-    rows = against_full(step, name, cases, tokens, device, rounds)
+    print(f"{where}, {name}, {tokens} tokens a dialogue, AdamW, {rounds} rounds. Every row's ratios are to a "
+          "full run of its own; the first of these is shown.\n")
+    rows = against_full(*CASES[what], name, tokens, device, rounds)
+    print(table(rows))
     if out:
-        Path(out).write_text(json.dumps({"model": name, "machine": where, "tokens": tokens, "rows": rows}, indent=1) + "\n")
+        found = {"what": what, "model": name, "machine": where, "tokens": tokens, "rows": rows}
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]),
@@ -199,15 +204,14 @@ def main(argv=None):
         raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
     if cfg.rounds < 1:
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
-    if cfg.out and not Path(cfg.out).parent.is_dir():   # better now than after the work
-        raise InputError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
-    step, cases = CASES[cfg.what]
-    adapters_against_full(step, cfg.model, cases, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
+    if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).parent.is_dir()):   # better now than after the work
+        raise InputError(f"--out: expected a file's name in a folder that exists, found {cfg.out}")
+    adapters_against_full(cfg.what, cfg.model, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

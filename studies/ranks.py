@@ -169,6 +169,7 @@ def report(lab):
         curves(lab, task, rates, folder / f"{task}.png")
     answers(lab, folder / "answers.png")
     costs = [json.loads(path.read_text()) for path in sorted(folder.glob("cost-*.json"))]
+    costs = [found for found in costs if found["what"] == "lora"]
     if costs:
         cost(costs, folder / "cost.png")
     (folder / "tables.md").write_text("\n".join(text))
@@ -288,13 +289,14 @@ def answers(lab, path):
 def cost(costs, path):
     """Figure 4 of 000_...: memory, per cent that trains, speed, by rank, as studies.bench measured them, a machine each."""
     figure, axes = plots.canvas(3)
-    for offset, found in enumerate(costs):
+    width = 0.76 / len(costs)
+    for i, found in enumerate(costs):
         rows = [row for row in found["rows"] if row["bias"] == "none" or not row["rank"]]
-        places = [i + 0.38 * offset for i in range(len(rows))]
+        places = [place + width * i for place in range(len(rows))]
         for axis, key, scale in zip(axes, ("peak_bytes", "share", "speed"), (1e-9, 100, 1)):
-            axis.bar(places, [row[key] * scale for row in rows], width=0.36, zorder=2,
-                     label=f"{found['model']}, {found['machine']}", color=("#1f5fa8", "#e8890c", "#2a8f5b")[offset])
-            axis.set_xticks([i + 0.19 * (len(costs) - 1) for i in range(len(rows))],
+            axis.bar(places, [row[key] * scale for row in rows], width=0.95 * width, zorder=2,
+                     label=f"{found['model']}, {found['machine']}")
+            axis.set_xticks([place + width * (len(costs) - 1) / 2 for place in range(len(rows))],
                             [f"r = {row['rank']}" if row["rank"] else "full" for row in rows], fontsize=8)
         axes[2].vlines(places, *zip(*(row["speed_range"] for row in rows)), color="#222222", linewidth=1, zorder=3)
     texts = ("peak memory, GB", "per cent that trains (log axis)", "steps a second, full = 1: median, range of rounds")

@@ -4,6 +4,7 @@ studies/bench.py: what is timed is what it says, and the table adds up. No time 
     python -m pytest -q tests/test_bench.py
 """
 import json
+import multiprocessing
 import re
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from files import InputError
 from studies import bench
+from studies.lab import HERE
 
 
 def test_optimizers_table_on_a_tiny_model(monkeypatch, capsys):
@@ -76,7 +78,7 @@ def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
         return [{**size, "trainable": 1000, "seconds": [4, 6, 8], "peak_bytes": 10 * 10 ** 9},
                 {**size, "trainable": 25, "seconds": [2, 6, 8], "peak_bytes": 4 * 10 ** 9}]
     monkeypatch.setattr(bench, "take_turns", take_turns)
-    bench.adapters_against_full(bench.sft_step, "gpt2", bench.CASES["lora"][1], "cpu", tmp_path / "cost.json", 64, 3)
+    bench.adapters_against_full("lora", "gpt2", "cpu", tmp_path / "cost.json", 64, 3)
     printed = capsys.readouterr().out
     assert printed.count("| full | 1,000 | 100.000 | 6.000 | 1.00 [1.00, 1.00] | 10.00 | 1.00 |") == 1
     assert printed.count("| rank 8, bias none | 25 | 2.500 | 6.000 | 1.00 [1.00, 2.00] | 4.00 | 0.40 |") == 1
@@ -85,6 +87,12 @@ def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
     assert all(jobs[0] == (bench.sft_step, ("gpt2", 0, "all", 64, "cpu")) and rounds == 3 for jobs, rounds in asked)
     found = json.loads((tmp_path / "cost.json").read_text())
     assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["rows"][3]["peak_share"] == 0.4
+
+
+def test_the_readme_has_the_measured_tables():
+    readme = (HERE / "README.md").read_text()
+    for name in ("cost-gpt2", "cost-dpo-gpt2-medium"):
+        assert bench.table(json.loads((HERE / f"results/ranks/{name}.json").read_text())["rows"]) in readme, name
 
 
 # ---- bad input
@@ -98,7 +106,8 @@ def dies(*_):
     (["lora", "--tokens", "1025"], "--tokens: expected 4 to 1024, the context of gpt2, found 1025"),
     (["lora-dpo", "--model", "mini", "--tokens", "3"], "--tokens: expected 4 to 512, the context of mini, found 3"),
     (["lora", "--device", "none"], "--device none: "),
-    (["lora", "--out", "none/cost.json"], "--out none/cost.json: there is no folder none"),
+    (["lora", "--out", "none/cost.json"], "--out: expected a file's name in a folder that exists, found none/cost.json"),
+    (["lora", "--out", "."], "--out: expected a file's name in a folder that exists, found ."),
 ])
 def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
     monkeypatch.setattr(bench, "take_turns", None)
@@ -108,6 +117,7 @@ def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
 
 
 def test_a_process_that_runs_out_of_memory_is_one_line(capfd):
-    with pytest.raises(InputError, match="ended early, as one does that needs more memory than there is: try fewer --tokens"):
-        bench.take_turns([(dies, ())], 1)
-    assert capfd.readouterr().err == ""
+    """The other one, which waits for its second turn, ends without a word."""
+    with pytest.raises(InputError, match="ended early. Unless it says above why, it needed more memory than there is: try fewer"):
+        bench.take_turns([(bench.sft_step, ("mini", 0, "all", 8, "cpu")), (dies, ())], 1)
+    assert not multiprocessing.active_children() and capfd.readouterr().err == ""
