@@ -108,8 +108,8 @@ def torch_load(path):
     except (*DAMAGE, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.EINVAL:   # torch's reader seeks in vain in a large file that is cut off
             raise
-        first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first.strip()[:120]})") from None
+        first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__).strip().split(". ")[0]
+        raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first[:120]})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
     return found
