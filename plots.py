@@ -72,9 +72,14 @@ def finish(axis, x, y, legend=True, **where):
         axis.legend(frameon=False, fontsize=8, **where)
 
 
-def adapters(flags):
-    """A title's words on what trains."""
-    return f", LoRA rank {flags['lora_rank']}, bias {flags['lora_bias']}" if flags.get("lora_rank") else ""
+def title(flags):
+    if "beta" in flags:
+        name = f"CDPO (gamma {flags['gamma']:g})" if flags["loss"] == "cdpo" else "DPO"
+        name = f"{name}, beta {flags['beta']:g},"
+    else:
+        name = f"SFT of {Path(flags['init']).name}"
+    adapters = f", LoRA rank {flags['lora_rank']}, bias {flags['lora_bias']}" if flags.get("lora_rank") else ""
+    return f"{name} on {Path(flags['data']).name}{adapters}"
 
 
 def baseline(axis, y, name, style="--"):
@@ -87,12 +92,14 @@ def sft_loss(events, config, path):
     axis.plot(*series(events, "train_loss"), color=TRAIN, linewidth=0.8, label="training, per step")
     axis.plot(*series(events, "train_eval_loss"), color=CHOSEN, marker=".", label="training, 200 examples in evaluation mode")
     axis.plot(*series(events, "val_loss"), color=HELD_OUT, marker=".", label=f"held out, n = {config['val_pairs']}")
-    baseline(axis, config["baseline_unigram_loss"], "unigram frequencies")
-    axis.set_ylim(bottom=0)
+    low, high = axis.get_ylim()
+    unigram = config["baseline_unigram_loss"]
+    far = unigram is not None and unigram > high   # of a model that was trained before: it would press the curves flat
+    baseline(axis, unigram, "unigram frequencies, above:" if far else "unigram frequencies")
+    axis.set_ylim(0 if low < high / 2 else low, high)
     scored = "the response" if config["flags"]["loss_on"] == "response" else "all tokens"
     finish(axis, "dialogues seen", f"nats per token of {scored}")
-    flags = config["flags"]
-    axis.set_title(f"SFT of {Path(flags['init']).name} on {Path(flags['data']).name}{adapters(flags)}", fontsize=10)
+    axis.set_title(title(config["flags"]), fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -105,8 +112,7 @@ def dpo_loss(events, config, path):
     baseline(axis, 0.6931, "policy = reference: log 2 =")
     axis.set_ylim(bottom=0)
     finish(axis, "pairs seen", "DPO loss")
-    name = f"CDPO (gamma {flags['gamma']:g})" if flags["loss"] == "cdpo" else "DPO"
-    axis.set_title(f"{name}, beta {flags['beta']:g}, on {Path(flags['data']).name}{adapters(flags)}", fontsize=10)
+    axis.set_title(title(flags), fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -133,6 +139,9 @@ def accuracy(events, config, path):
     axes[-1].plot(*series(events, "val_chosen_logps"), color=CHOSEN, marker=".", label="chosen")
     axes[-1].plot(*series(events, "val_rejected_logps"), color=REJECTED, marker=".", label="rejected")
     finish(axes[-1], unit, "log-probability of a response, held out")
+    for axis in axes:
+        axis.locator_params(axis="x", nbins=5)   # or numbers of five digits run into each other
+    figure.suptitle(title(config["flags"]), fontsize=10)
     if has_rewards:
         figure.supxlabel("Two negative rewards are no bug: only the gap between them enters the loss, and both fall when the "
                          "policy moves probability to other answers.", fontsize=8)
@@ -248,7 +257,7 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
     """Draw compare.png (one panel for each cost in xs) and compare-variance.png (of the labels in `noisy`, or all), save
     compare.json, return its contents. labelled: {label: {seed: (config, events)}}."""
     if baseline not in labelled:
-        raise ValueError(f"no runs of the baseline {baseline!r} among {', '.join(labelled)}")
+        raise ValueError(f"no runs of the baseline {baseline!r}, but of {'; '.join(map(repr, labelled))}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     everyone = [(label, config["flags"], events) for label, runs in labelled.items() for config, events in runs.values()]
@@ -332,11 +341,12 @@ def main(arguments):
         parser.add_argument("command", choices=["compare"])
         parser.add_argument("runs", nargs="+")
         parser.add_argument("--x", choices=COSTS, default="samples")
-        parser.add_argument("--baseline", default="adamw", help="a label: an optimizer, and what differs among its runs")
+        parser.add_argument("--baseline", help="a label: an optimizer, and what differs among its runs [the first run's]")
         parser.add_argument("--out", default=".", help="folder of compare.png and compare.json")
         options = parser.parse_args(arguments)
-        table = compare(grouped([read(folder) for folder in options.runs]), options.baseline, options.out, [options.x])
-        print(as_text(table, options.x))
+        labelled = grouped([read(folder) for folder in options.runs])
+        table = compare(labelled, options.baseline or next(iter(labelled)), options.out, [options.x])
+        print(f"{as_text(table, options.x)}\n\ndrawn and kept: {Path(options.out) / 'compare.png'}, compare.json")
     else:
         parser.add_argument("runs", nargs="+")
         for folder in parser.parse_args(arguments).runs:

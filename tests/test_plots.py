@@ -149,7 +149,7 @@ def test_runs_are_grouped_by_what_differs(tmp_path):
     assert grouped(("adamw", 1, "a", 8), ("lion", 1, "a", 4)) == ["adamw, accumulate 8", "lion, accumulate 4"]
     with pytest.raises(ValueError, match="two runs of lion with seed 1"):
         plots.grouped([*runs, runs[-1]])
-    with pytest.raises(ValueError, match="no runs of the baseline 'adamw' among adamw, lr 0.1"):
+    with pytest.raises(ValueError, match="no runs of the baseline 'adamw', but of 'adamw, lr 0.1'; 'adamw, lr 0.2'; 'lion'$"):
         plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
 
 
@@ -218,6 +218,19 @@ def test_accuracy_axis_is_never_cut(tmp_path, drawn):
     assert drawn[1].axes[0].get_ylim() == (0, 1) and drawn[0].axes[0].get_ylim()[0] == 0
 
 
+def test_curves_are_not_pressed_flat(tmp_path, drawn):
+    """A loss that falls from 7.6 to 4 is shown from 0, with the unigram's line; one that falls from 0.35 to 0.33 fills the
+    picture, and the unigram's 5.1, far above it, is in the legend alone."""
+    plots.draw(folder(tmp_path / "scratch", [{**SFT[0], "val_loss": 7.6}, {**SFT[-1], "val_loss": 3.0}]))
+    tuned = [{**e, "val_loss": y, "train_eval_loss": y} for e, y in ((SFT[0], 0.35), (SFT[-1], 0.33))]
+    plots.draw(folder(tmp_path / "tuned", tuned, lora_rank=8, lora_bias="all"))
+    scratch, tuned = drawn[0].axes[0], drawn[2].axes[0]
+    assert scratch.get_ylim()[0] == 0 and "unigram frequencies 5.100" in lines(scratch)
+    assert 0.32 < tuned.get_ylim()[0] < 0.33 and 0.35 < tuned.get_ylim()[1] < 0.36
+    assert "unigram frequencies, above: 5.100" in lines(tuned)
+    assert tuned.get_title() == drawn[3].get_suptitle() == "SFT of mini on minihh, LoRA rank 8, bias all"
+
+
 def test_command_line(tmp_path):
     script = str(Path(plots.__file__))
     run = folder(tmp_path / "run", SFT)
@@ -237,8 +250,13 @@ def test_compare_on_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, script, "compare", *runs, "--x", "updates", "--out", str(tmp_path)],
                           capture_output=True, text=True)
     assert done.returncode == 0 and f"| lion | 1 {'| 2.000 (one seed) ' * 2}{'| 1.00 (one seed) ' * 2}|  |" in done.stdout
+    assert done.stdout.endswith(f"drawn and kept: {tmp_path}/compare.png, compare.json\n")
     assert (tmp_path / "compare.png").is_file() and not (tmp_path / "compare-variance.png").exists()
-    for arguments, message in ((["compare", runs[1]], "no runs of the baseline 'adamw' among lion"), ([], "required: runs"),
+    again = subprocess.run([sys.executable, script, "compare", *reversed(runs), "--out", str(tmp_path)], capture_output=True,
+                           text=True)
+    assert "speedup over lion in samples" in again.stdout   # the first run's, unless one is named
+    for arguments, message in ((["compare", runs[1], "--baseline", "adamw"], "no runs of the baseline 'adamw', but of 'lion'"),
+                               ([], "required: runs"),
                                (["compare", *runs, "--x", "hours"], "invalid choice"),
                                (["compare", str(tmp_path)], "config.json")):
         bad = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
