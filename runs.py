@@ -359,9 +359,10 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.lock.close()
-        if self.stop and self.at["step"] < self.steps:
-            self.say(f"interrupted: go on with --resume --out {self.path}")
-            raise SystemExit(130)
+        if self.at["step"] < self.steps:
+            self.say(f"{'interrupted' if self.stop else 'stopped'}: go on with --resume --out {self.path}")
+            if self.stop:
+                raise SystemExit(130)
         return {**self.at, **self.final, "best": self.best}
 
     def _log(self, **values):
