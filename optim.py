@@ -357,7 +357,7 @@ def footprint(name, model):
 def describe(size):
     share = size["trainable"] / size["parameters"]
     return (f"trains {size['trainable']:,} of {size['parameters']:,} parameters ({share:.3%}), optimizer state "
-            f"{size['optimizer_bytes'] / 1e6:,.1f} MB")
+            f"{size['optimizer_bytes'] / 1e6:,.2f} MB")
 
 
 def _recipe(name):

@@ -193,7 +193,7 @@ def shares():
     for rank, bias in TASKS["sft"].configurations:
         found = [sizes(name, rank, bias) for name in ("mini", "gpt2", "gpt2-medium")]
         lines.append(f"| {label(rank, bias)} | " + " | ".join(
-            f"{s['trainable']:,} | {100 * s['trainable'] / s['parameters']:.3f} | {s['optimizer_bytes'] / 1e6:,.1f}"
+            f"{s['trainable']:,} | {100 * s['trainable'] / s['parameters']:.3f} | {s['optimizer_bytes'] / 1e6:,.2f}"
             for s in found) + " |")
     return lines
 

@@ -421,7 +421,7 @@ def test_footprint_is_the_state_that_there_is(name):
 
 def test_describe_by_hand():
     assert optim.describe({"parameters": 2_000, "trainable": 25, "optimizer_bytes": 1_234_567_890}) == \
-        "trains 25 of 2,000 parameters (1.250%), optimizer state 1,234.6 MB"
+        "trains 25 of 2,000 parameters (1.250%), optimizer state 1,234.57 MB"
 
 # ---- properties: state
 

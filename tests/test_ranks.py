@@ -66,7 +66,7 @@ def test_counted_shares_by_hand():
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in study.shares()}
     for rank, share in ((1, "0.111"), (2, "0.221"), (8, "0.879"), (16, "1.742")):
         assert lines[f"r{rank}-none"][7:9] == [f"{393_216 * rank:,}", share]
-    assert lines["full"][7:] == ["354,823,168", "100.000", "2,838.6 |"]
+    assert lines["full"][7:] == ["354,823,168", "100.000", "2,838.59 |"]
     assert lines["r8-lora_only"][7] == f"{8 * 393_216 + 24 * 9 * 1024:,}"   # biases: 3 C, C, 4 C, C a layer
     assert lines["r8-all"][7] == f"{8 * 393_216 + 24 * 11 * 1024 + 1024:,}"  # and C in each of 49 LayerNorms
 
