@@ -12,12 +12,13 @@ second model.
     with adapters_off(model) as reference: ...    # the base, trained biases put back too
     merge(model)                                  # in place: a plain GPT again
     save_adapter(model, "adapter.pt")             # A, B and trained biases alone
-    python lora.py gpt2 adapter.pt FOLDER         # base and adapter, merged, as a Hugging Face folder
+    python lora.py gpt2 runs/dpo-lora FOLDER      # base and adapter, merged, as a Hugging Face folder
 
 r is the rank, alpha / r the scale: with alpha = 2r it is 2 at every rank, so that ranks compare.
 """
 import contextlib
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -67,7 +68,7 @@ def add_lora(model, rank, alpha=None, dropout=0.0, bias="none", base_sha256=None
     if not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
         raise InputError(f"LoRA alpha: expected a finite number above 0, found {alpha}")
     if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-        raise InputError(f"LoRA dropout: expected a share below 1, found {dropout}")
+        raise InputError(f"LoRA dropout: expected a share from 0 to below 1, found {dropout}")
     if bias not in BIASES:
         raise InputError(f"LoRA bias: expected {', '.join(BIASES)}, found {bias!r}")
     if hasattr(model, "lora"):
@@ -195,10 +196,14 @@ def load_adapter(model, path):
 
 def main(arguments):
     if len(arguments) != 3:
-        raise InputError("usage: python lora.py BASE ADAPTER FOLDER     write BASE with ADAPTER merged as a Hugging Face folder")
+        raise InputError("usage: python lora.py BASE ADAPTER FOLDER     write BASE with ADAPTER, an adapter.pt or the folder of "
+                         "its run, merged as a Hugging Face folder")
     base, path, folder = arguments
-    block_size = read_checkpoint(path, ("block_size",))["block_size"]
-    gpt.export(merge(load_adapter(gpt.load(base, block_size=block_size), path)), folder)
+    if Path(path).is_dir():
+        path = Path(path) / "adapter.pt"
+    saved = read_checkpoint(path, ("rank", "bias", "block_size"))
+    gpt.export(merge(load_adapter(gpt.load(base, block_size=saved["block_size"]), path)), folder)
+    print(f"{folder}: {base} with {path}, rank {saved['rank']}, bias {saved['bias']}, merged")
 
 
 if __name__ == "__main__":

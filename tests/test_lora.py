@@ -764,7 +764,7 @@ def test_what_is_no_adapter_is_refused(adapter):
 # ----------------------------------------------------------------------------------------------------------------------
 # properties: the command line
 
-def test_main_writes_base_and_adapter_as_one_folder(tmp_path):
+def test_main_writes_base_and_adapter_as_one_folder(tmp_path, capsys):
     """Also with the adapter of a run whose block_size was half of the base's: the base is cut as the run cut it."""
     export(base(), tmp_path / "base")
     for block_size in (16, 8):
@@ -773,14 +773,16 @@ def test_main_writes_base_and_adapter_as_one_folder(tmp_path):
         shake(model)
         save_adapter(model, tmp_path / "adapter.pt")
         lora.main([str(tmp_path / "base"), str(tmp_path / "adapter.pt"), str(out)])
+        assert capsys.readouterr().out == (f"{out}: {tmp_path / 'base'} with {tmp_path / 'adapter.pt'}, rank 2, bias all, "
+                                           "merged\n")
         idx = tokens(T=8)
         torch.testing.assert_close(hf_logits(out, idx), model(idx).detach(), **FP32)
         assert gpt.load(str(out)).config.block_size == block_size
         with pytest.raises(InputError, match="nothing is overwritten"):
-            lora.main([str(tmp_path / "base"), str(tmp_path / "adapter.pt"), str(out)])
+            lora.main([str(tmp_path / "base"), str(tmp_path), str(out)])   # the folder of its run
     with pytest.raises(InputError, match="another base"):
         lora.main([str(tmp_path / "out8"), str(tmp_path / "adapter.pt"), str(tmp_path / "not")])
-    with pytest.raises(InputError, match="expected a file of this project with block_size"):
+    with pytest.raises(InputError, match="expected a file of this project with rank, bias, block_size"):
         write_checkpoint(tmp_path / "run.pt", {"model": {}, "model_config": {}})
         lora.main([str(tmp_path / "base"), str(tmp_path / "run.pt"), str(tmp_path / "not")])
     assert not (tmp_path / "not").exists()
