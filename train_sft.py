@@ -87,6 +87,8 @@ def main(cfg):
     run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} dialogues\n"
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
+    if cfg.lora_rank and cfg.init == "mini":
+        run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
     run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
               device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
 

@@ -140,8 +140,9 @@ def test_what_trains_by_hand(tmp_path, no_pictures, capsys, bias, extra):
     layers 9 C biases, the LayerNorms 2 C a block and C at the end. AdamW keeps two fp32 numbers for each. No other moves."""
     train_sft.main(replace(TINY, steps=2, eval_every=2, out=str(tmp_path / "run"), lora_rank=3, lora_bias=bias))
     trains = 3 * 2 * 16 * 128 + extra
-    assert (f"trains {trains:,} of 736,768 parameters ({trains / 736_768:.3%}), optimizer state {8e-6 * trains:.1f} MB"
-            in capsys.readouterr().out)
+    assert (f"trains {trains:,} of 736,768 parameters ({trains / 736_768:.3%}), optimizer state {8e-6 * trains:.2f} MB"
+            in (printed := capsys.readouterr().out))
+    assert "note: --init mini is random, and adapters beside random weights learn little" in printed
     gpt.torch.manual_seed(TINY.seed)
     base, tuned = gpt.load("mini").state_dict(), gpt.load(str(tmp_path / "run")).state_dict()
     moved = {key for key in base if not torch.equal(base[key], tuned[key])}
@@ -262,7 +263,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_resumes(tmp_path):
     (["--lora-rank", "-1"], "--lora-rank: expected at least 0, found -1"),
     (["--lora-rank", "200"], "LoRA rank: expected a whole number from 1 to the model's width 128, found 200"),
     (["--lora-rank", "2", "--lora-alpha", "0"], "LoRA alpha: expected a finite number above 0, found 0"),
-    (["--lora-rank", "2", "--lora-dropout", "1"], "LoRA dropout: expected a share below 1, found 1"),
+    (["--lora-rank", "2", "--lora-dropout", "1"], "LoRA dropout: expected a share from 0 to below 1, found 1"),
     (["--lora-rank", "2", "--lora-bias", "some"], "invalid choice: 'some'"),
     (["--lora-alpha", "4"], "go with --lora-rank"),
     (["--lora-dropout", "0.1"], "go with --lora-rank"),
@@ -344,12 +345,14 @@ def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tmp_path, no_picture
     assert all(t.isfinite().all() for t in read_checkpoint(tmp_path / "run" / "last.pt")["model"].values())
 
 
-def test_resume_from_the_command_line_after_overwrite_and_stop_at(tmp_path, no_pictures):
+def test_resume_from_the_command_line_after_overwrite_and_stop_at(tmp_path, no_pictures, capsys):
     """What the printed hint says must work, also where the run began with --overwrite or --stop-at."""
     out = str(tmp_path / "run")
     flags = ["--steps", "3", "--micro-batch", "2", "--eval-samples", "4"]
     cfg = train_sft.runs.parse(train_sft.Config, ["--out", out, "--overwrite", "--stop-at", "2", *flags])
     assert train_sft.main(cfg)["step"] == 2
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"stopped: go on with --resume --out {out}\n") and "note:" not in printed
     assert train_sft.main(train_sft.runs.parse(train_sft.Config, ["--out", out, "--resume"]))["step"] == 3
 
 
