@@ -60,7 +60,7 @@ def optim_steps(name="gpt2", rounds=25):
 
 def worker(connection, make, arguments):
     """One step for every True that arrives, its seconds back; at last the bytes at the peak, and what else make() tells."""
-    with contextlib.suppress(torch.OutOfMemoryError):   # take_turns hears of it as of one that the system kills
+    with contextlib.suppress(torch.OutOfMemoryError, KeyboardInterrupt):   # the first take_turns hears of, as of a killed one
         step, facts = make(*arguments)
         while connection.recv():
             began = time.perf_counter()
@@ -194,7 +194,7 @@ def main(argv=None):
     options.add_argument("--device", default="auto")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--out", help="JSON file for the rows; studies.ranks draws results/ranks/cost-*.json")
+    options.add_argument("--out", help="JSON file for the rows; studies.ranks draws those of lora, results/ranks/cost-*.json")
     cfg = parser.parse_args(argv)
     if cfg.what == "optim":
         optim_steps(cfg.model)
@@ -215,3 +215,6 @@ if __name__ == "__main__":
     except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

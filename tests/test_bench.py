@@ -68,6 +68,19 @@ def test_workers_take_turns_in_processes_of_their_own():
     assert found[1]["trainable"] == 4096 and all(row["peak_bytes"] > 5e7 for row in found)
 
 
+def counted():
+    facts = {"steps": 0}
+
+    def step():
+        facts["steps"] += 1
+    return step, facts
+
+
+def test_a_step_that_warms_up_is_not_timed():
+    found = bench.take_turns([(counted, ()), (counted, ())], 3)
+    assert [(row["steps"], len(row["seconds"])) for row in found] == [(4, 3), (4, 3)]
+
+
 def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
     """Full takes 4, 6, 8 s and 10 GB; adapters half of that in the first round and as long in the others, and 4 GB."""
     asked = []
@@ -93,6 +106,9 @@ def test_the_readme_has_the_measured_tables():
     readme = (HERE / "README.md").read_text()
     for name in ("cost-gpt2", "cost-dpo-gpt2-medium"):
         assert bench.table(json.loads((HERE / f"results/ranks/{name}.json").read_text())["rows"]) in readme, name
+    rows = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["rows"]
+    shares = " | ".join(f"{row['peak_bytes'] / 1e9:.2f} ({row['peak_share']:.2f})" for row in rows if row["bias"] == "none")
+    assert f"| {shares} |\n| 002_..., table 2 |" in readme
 
 
 # ---- bad input

@@ -219,7 +219,7 @@ def test_accuracy_axis_is_never_cut(tmp_path, drawn):
 
 
 def test_curves_are_not_pressed_flat(tmp_path, drawn):
-    """A loss that falls from 7.6 to 4 is shown from 0, with the unigram's line; one that falls from 0.35 to 0.33 fills the
+    """A loss that falls from 7.6 to 3 is shown from 0, with the unigram's line; one that falls from 0.35 to 0.33 fills the
     picture, and the unigram's 5.1, far above it, is in the legend alone."""
     plots.draw(folder(tmp_path / "scratch", [{**SFT[0], "val_loss": 7.6}, {**SFT[-1], "val_loss": 3.0}]))
     tuned = [{**e, "val_loss": y, "train_eval_loss": y} for e, y in ((SFT[0], 0.35), (SFT[-1], 0.33))]
