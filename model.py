@@ -12,6 +12,7 @@ nn.Linear (out, in), where theirs is a Conv1D (in, out), and the head is the tok
 stored once. The training scripts never call forward(): they put the vocabulary matrix only to the
 positions that are scored (losses.py).
 """
+import contextlib
 import json
 import math
 import sys
@@ -47,12 +48,22 @@ SIZES = {
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
 
+class Linear(nn.Linear):
+    """nn.Linear; while generate runs on a CPU, `packed` is its matrix for oneDNN (packed_weights)."""
+    packed = None
+
+    def forward(self, x):
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache, layer):
         B, T, C = x.size()
@@ -61,8 +72,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(layer, k, v)
-        # without a mask: causal. Padding sits on the right, where no real token can see it, so it needs no mask either.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        # causal, but for a single new token, which sees all. Padding sits on the right, where no real token can see it
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)   # heads side by side again
         return self.c_proj(y)
@@ -71,8 +82,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -165,40 +176,41 @@ def flops(config, lengths, scored, backward=False, rank=0):
 class KVCache:
     """Keys and values of past tokens, so that a new token costs one position and not the whole sequence.
 
-    Prompts of unequal length stand left-aligned. Row b holds `lengths[b]` tokens; what lies to the right of them is
-    padding, hidden by the mask until a new token overwrites it.
+    Prompts of unequal length stand left-aligned in the first columns, as many as the longest has tokens; behind them, each new
+    token has a column in all rows. What is between the end of a prompt and the first new token is padding, hidden by the mask.
     """
 
-    def __init__(self, config, lengths, size, dtype):
-        B, device = len(lengths), lengths.device
-        self.lengths, self.size, self.prefill, self.longest = lengths, size, True, None
-        self.kv = torch.zeros(2, config.n_layer, B, config.n_head, size, config.n_embd // config.n_head,
+    def __init__(self, config, lengths, new, dtype):
+        B, device, width = len(lengths), lengths.device, int(lengths.max())
+        self.config, self.lengths, self.end = config, lengths, 0   # tokens a row has; columns in use
+        self.kv = torch.empty(2, config.n_layer, B, config.n_head, width + new, config.n_embd // config.n_head,
                               device=device, dtype=dtype)
-        self.rows = torch.arange(B, device=device)
-        self.columns = torch.arange(size, device=device)
+        columns = torch.arange(width + new, device=device)
+        padding = (columns >= lengths[:, None]) & (columns < width)   # (B, width + new)
+        self.mask = torch.zeros(padding.shape, device=device, dtype=dtype).masked_fill(padding, -math.inf)[:, None, None]
 
     def positions(self, T):
-        return self.columns[:T].expand(len(self.rows), T) if self.prefill else self.lengths[:, None]   # (B, T)
+        """(B, T) of the tokens that come now: whole prompts at first, then one token a row."""
+        if self.end == 0:
+            return torch.arange(T, device=self.lengths.device).expand(len(self.lengths), T)
+        return self.lengths[:, None].clamp(max=self.config.block_size - 1)   # a closed row may run over the end, unread
 
     def extend(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) of the new tokens; return the keys, the values and the mask to attend with."""
-        keys, values = self.kv[:, layer]
-        if self.prefill:   # whole prompts: plain causal attention among themselves
-            keys[:, :, :k.size(2)], values[:, :, :v.size(2)] = k, v
+        """Store k, v (B, nh, T, hs) of the tokens that come now; return the keys, the values and the mask to attend with."""
+        keys, values, end = *self.kv[:, layer], self.end + k.size(2)
+        keys[:, :, self.end:end], values[:, :, self.end:end] = k, v
+        if self.end == 0:   # plain causal attention among themselves
             return k, v, None
-        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-        T = self.longest + 1
-        mask = self.columns[:T] <= self.lengths[:, None]   # (B, T): the past and the token itself
-        return keys[:, :, :T], values[:, :, :T], mask[:, None, None]
+        return keys[:, :, :end], values[:, :, :end], self.mask[..., :end]
+
+    def advance(self, T):
+        """After the pass through all layers."""
+        self.lengths = self.lengths + (self.end > 0)
+        self.end += T
 
     def keep(self, rows):
         """Go on with these rows only."""
-        self.kv, self.lengths, self.rows = self.kv[:, :, rows], self.lengths[rows], self.rows[:len(rows)]
-
-    def advance(self):
-        """After the prompts, and after each token: where the next one goes. A full row writes over its last place."""
-        self.lengths = (self.lengths if self.prefill else self.lengths + 1).clamp(max=self.size - 1)
-        self.prefill, self.longest = False, int(self.lengths.max())
+        self.kv, self.lengths, self.mask = self.kv[:, :, rows], self.lengths[rows], self.mask[rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -219,7 +231,36 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def packed_weights(model, rows):
+    """Inside, products with the model's matrices go through oneDNN where they can, on a CPU in fp32; gives the head as a function
+    of hidden states.
+
+    A new token reads all weights for a few rows, and F.linear (MKL) reads them at a quarter to a half of the memory's speed.
+    oneDNN is faster on the weights as they are; for several rows it wants them in blocks, which is a second copy of the weights
+    for the time being. Other devices, dtypes and autocast keep F.linear.
+    """
+    weight, ops = model.wte.weight, torch.ops.mkldnn
+    if (weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise")):
+        yield lambda h: F.linear(h, weight)
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+
+    def pack(w):
+        w = w.detach()
+        return ops._reorder_linear_weight(w, rows) if rows > 1 else w
+    try:
+        for layer in layers:
+            layer.packed = pack(layer.weight)
+        head = pack(weight)
+        yield lambda h: ops._linear_pointwise(h, head, None, "none", [], "")
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+@torch.inference_mode()
 def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator):
     config, device = model.config, model.wte.weight.device
     lengths = [len(p) for p in prompts]
@@ -228,36 +269,39 @@ def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, g
     if not all(0 < n <= config.block_size for n in lengths):
         raise InputError(f"a prompt of {max(lengths) if min(lengths) else 0} tokens: a prompt takes 1 to block_size "
                          f"{config.block_size} tokens")
-    was_training = model.training
-    model.eval()
     idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
     for row, prompt in zip(idx, prompts):
         row[:len(prompt)] = torch.as_tensor([int(t) for t in prompt])
-    cache = KVCache(config, torch.tensor(lengths, device=device), min(config.block_size, max(lengths) + max_new_tokens),
-                    torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype)
+    autocast = torch.is_autocast_enabled(device.type)
+    cache = KVCache(config, torch.tensor(lengths, device=device), min(max_new_tokens, config.block_size - min(lengths)),
+                    torch.get_autocast_dtype(device.type) if autocast else model.wte.weight.dtype)
     answers, rows = [[] for _ in prompts], list(range(len(prompts)))   # rows[i]: whose answer row i of the batch is
-    x = idx.to(device)
-    for _ in range(max_new_tokens):
-        h = model.hidden(x, cache)
-        h = h[cache.rows, cache.lengths - 1 if cache.prefill else 0]   # (B, C) the last token of each row
-        cache.advance()
-        tokens = sample(F.linear(h, model.wte.weight), temperature, top_k, top_p, generator)
-        open_ = []
-        for i, (b, token) in enumerate(zip(rows, tokens.tolist())):
-            if b is not None:
-                answers[b].append(token)
-                full = lengths[b] + len(answers[b]) > config.block_size   # the new token itself needs a position
-                if token == config.vocab_size - 1 or full or (stop is not None and stop(answers[b])):
-                    rows[i] = None
-                else:
-                    open_.append(i)
-        if not open_:
-            break
-        if len(open_) <= len(rows) // 2:   # closed rows run on, unread, until they are half of the batch
-            cache.keep(open_)
-            tokens, rows = tokens[open_], [rows[i] for i in open_]
-        x = tokens[:, None]
-    model.train(was_training)
+    x, was_training = idx.to(device), model.training
+    model.eval()
+    try:
+        with packed_weights(model, len(prompts)) as head:
+            for _ in range(max_new_tokens):
+                h = model.hidden(x, cache)
+                h = h[:, 0] if cache.end else h[torch.arange(len(h)), cache.lengths - 1]   # (B, C) the last token of each row
+                cache.advance(x.size(1))
+                tokens = sample(head(h), temperature, top_k, top_p, generator)
+                open_ = []
+                for i, (b, token) in enumerate(zip(rows, tokens.tolist())):
+                    if b is not None:
+                        answers[b].append(token)
+                        full = lengths[b] + len(answers[b]) > config.block_size   # the new token itself needs a position
+                        if token == config.vocab_size - 1 or full or (stop is not None and stop(answers[b])):
+                            rows[i] = None
+                        else:
+                            open_.append(i)
+                if not open_:
+                    break
+                if len(open_) <= len(rows) // 2:   # closed rows run on, unread, until they are half of the batch
+                    cache.keep(open_)
+                    tokens, rows = tokens[open_], [rows[i] for i in open_]
+                x = tokens[:, None]
+    finally:   # stop() may raise, as Ctrl-C does
+        model.train(was_training)
     return answers
 
 # ----------------------------------------------------------------------------------------------------------------------

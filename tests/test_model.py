@@ -384,6 +384,45 @@ def test_a_new_token_costs_one_position():
     assert seen == [(2, 3), (2, 1), (2, 1), (1, 1)]   # the prompts, then a token of each open row: 2 3 4 5 and 3 4 5
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_packed_weights_change_no_product_and_are_gone_afterwards(ours, rows):
+    """Inside, F.linear is not called; the products, whatever their number of rows, are those of F.linear to rounding."""
+    idx, calls, real = torch.stack([tokens(1, 7, seed=s)[0] for s in range(rows)]), [], F.linear
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        expected = ours.hidden(idx)
+        patch.setattr(gpt.F, "linear", lambda *args: calls.append(1) or real(*args))
+        with gpt.packed_weights(ours, rows) as head:
+            found = ours.hidden(idx)
+            torch.testing.assert_close(head(found[:, -1]), real(expected[:, -1], ours.wte.weight), atol=1e-4, rtol=1e-5)
+        assert not calls
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ours.hidden(idx), expected) and len(calls) == 8   # four matrices in each of two blocks
+    assert all(layer.packed is None for layer in ours.modules() if isinstance(layer, gpt.Linear))
+
+
+def test_packed_weights_leave_other_dtypes_alone(ours):
+    for model, context in ((ours, torch.autocast("cpu", torch.bfloat16)), (ours.double(), torch.no_grad())):
+        with context, gpt.packed_weights(model, 3):
+            assert all(layer.packed is None for layer in model.modules() if isinstance(layer, gpt.Linear))
+
+
+def test_generation_that_is_broken_off_leaves_the_model_as_it_was(ours):
+    """A stop function may raise, as Ctrl-C does in it."""
+    def stop(ids):
+        raise KeyboardInterrupt
+    ours.train()
+    with pytest.raises(KeyboardInterrupt):
+        ours.generate(PROMPTS, 5, stop=stop)
+    assert ours.training and all(layer.packed is None for layer in ours.modules() if isinstance(layer, gpt.Linear))
+
+
+def test_a_closed_row_runs_on_unread_to_the_end_of_the_context():
+    """The first answer is over at once, the second fills its context: the first row goes past the last position meanwhile."""
+    model = scripted([1, 2, 3, 4, 5, 6, 1, 2])
+    prompts = [[0] * 8, [0], [0, 0]]
+    assert model.generate(prompts, 100, temperature=0) == [[2], [1, 2, 3, 4, 5, 6, 1, 2], [2, 3, 4, 5, 6, 1, 2]]
+
+
 def test_prompts_may_be_tensors_or_arrays(ours):
     expected = ours.generate(PROMPTS, 4, temperature=0)
     assert ours.generate([torch.tensor(p) for p in PROMPTS], 4, temperature=0) == expected
