@@ -1,12 +1,7 @@
 """
-Pictures of a run, drawn from its metrics.jsonl alone, and comparisons of several.
+Pictures of a run, drawn from its metrics.jsonl alone (studies/compare.py draws several runs in one picture).
 
-    python plots.py runs/dpo                                 # its pictures again
-    python plots.py compare runs/adamw-s* runs/lion-s* --x samples --baseline adamw --out results
-
-compare groups the runs that differ in their seed alone, draws mean and range over seeds against samples, updates, flops or
-seconds, and prints and saves each group's speedup over the baseline: compare.png, compare.json, and compare-variance.png where
-runs were probed (--variance-every).
+    python plots.py runs/dpo      # its pictures again
 
 Training is thin, held-out data solid, a baseline dashed with its number in the legend; an optimizer has one colour everywhere.
 """
@@ -21,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 TRAIN, HELD_OUT, CHOSEN, REJECTED, BASELINE = "#9aa5b1", "#1f5fa8", "#2a8f5b", "#c8553d", "#555555"
+EVALUATED = ("val_loss", "val_reward_loss", "val_dpo_loss")   # one of them is in every evaluation of a run
 COLORS = {
     "sgd": "#8c8c8c", "momentum": "#8a5a3b", "nesterov": "#c49a6c", "adam": "#7fb2e5", "adamw": "#1f5fa8",
     "adamw-noaccum": "#6a3d9a", "adamw-pma-schedule": "#b39ddb", "adamw-pma": "#d62728", "adamw-pma-norescale": "#f4a6a0",
@@ -29,11 +25,15 @@ COLORS = {
 
 
 def draw(folder):
-    """The pictures of the run in `folder`: loss.png, accuracy.png; variance.png and variance-time.png where it was probed."""
+    """The pictures of the run in `folder`: loss.png, accuracy.png; of a reward model calibration.png; variance.png and
+    variance-time.png where it was probed."""
     folder = Path(folder)
     config, events = read(folder)
     if any("val_dpo_loss" in e for e in events):
         dpo_loss(events, config, folder / "loss.png")
+    elif any("val_reward_loss" in e for e in events):
+        reward_loss(events, config, folder / "loss.png")
+        calibration(events, config, folder / "calibration.png")
     else:
         sft_loss(events, config, folder / "loss.png")
     accuracy(events, config, folder / "accuracy.png")
@@ -47,7 +47,7 @@ def read(folder):
     """(config, events) of a run."""
     config = json.loads((Path(folder) / "config.json").read_text())
     events = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    if "optimizer" not in config.get("flags", {}) or not any("val_logp_accuracy" in e for e in events):
+    if "optimizer" not in config.get("flags", {}) or not any(key in e for e in events for key in EVALUATED):
         raise ValueError(f"{folder} is not a training run with an evaluation")
     return config, events
 
@@ -77,7 +77,7 @@ def title(flags):
         name = f"CDPO (gamma {flags['gamma']:g})" if flags["loss"] == "cdpo" else "DPO"
         name = f"{name}, beta {flags['beta']:g},"
     else:
-        name = f"SFT of {Path(flags['init']).name}"
+        name = f"{'SFT of' if 'loss_on' in flags else 'reward model from'} {Path(flags['init']).name}"
     adapters = f", LoRA rank {flags['lora_rank']}, bias {flags['lora_bias']}" if flags.get("lora_rank") else ""
     return f"{name} on {Path(flags['data']).name}{adapters}"
 
@@ -116,18 +116,59 @@ def dpo_loss(events, config, path):
     figure.savefig(path, dpi=110)
 
 
+def reward_loss(events, config, path):
+    figure, (axis,) = canvas()
+    axis.plot(*series(events, "train_loss"), color=TRAIN, linewidth=0.8, label="training, per step (labels as they come)")
+    axis.plot(*series(events, "train_eval_loss"), color=CHOSEN, marker=".", label="training pairs in evaluation mode")
+    axis.plot(*series(events, "val_reward_loss"), color=HELD_OUT, marker=".", label=f"held out, n = {config['val_pairs']}")
+    baseline(axis, 0.6931, "all rewards equal: log 2 =")
+    axis.set_ylim(bottom=0)
+    finish(axis, "pairs seen", "-log sigmoid(chosen - rejected reward)")
+    axis.set_title(title(config["flags"]), fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def calibration(events, config, path):
+    """Of the last evaluation: how often it is right against how sure it is, and the margins' histogram."""
+    last = [e for e in events if "val_reward_calibration" in e][-1]
+    figure, (left, right) = canvas(2)
+    left.plot([0.5, 1], [0.5, 1], color=BASELINE, linestyle="--", linewidth=1, label="as often as it says")
+    for key, color, name in (("train_eval", CHOSEN, "training pairs, labels as they come"), ("val_reward", HELD_OUT, "held out")):
+        said, share, low, high, _ = zip(*last[f"{key}_calibration"])
+        reach = [[s - a for s, a in zip(share, low)], [b - s for s, b in zip(share, high)]]
+        left.errorbar(said, share, reach, fmt="o-", markersize=4, color=color, linewidth=1, elinewidth=0.8,
+                      label=f"{name}: mean gap {last[f'{key}_calibration_error']:.3f}")
+    left.set_ylim(0, 1.02)
+    finish(left, "probability given to the preferred response, sigmoid |margin|", "share of pairs in which it is right (95 %)",
+           loc="lower right")
+    margins = last["val_reward_margins"], last["train_eval_margins"]
+    reach = max(map(abs, margins[0] + margins[1])) or 1
+    edges = [reach * (i / 20 - 1) for i in range(41)]
+    weights = [[1 / len(m)] * len(m) for m in margins]
+    right.hist(margins[0], edges, weights=weights[0], color=HELD_OUT, alpha=0.5,
+               label=f"held out: {last['val_reward_accuracy']:.3f} ranked right")
+    right.hist(margins[1], edges, weights=weights[1], color=CHOSEN, histtype="step",
+               label=f"training pairs: {last['train_eval_accuracy']:.3f}")
+    right.axvline(0, color=BASELINE, linewidth=0.8)
+    finish(right, "margin: reward of the chosen minus reward of the rejected", "share of pairs", loc="upper left")
+    figure.suptitle(f"{title(config['flags'])}, step {last['step']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
 def accuracy(events, config, path):
-    """Accuracy, rewards and log-probabilities side by side. An SFT run has no reference and so no rewards."""
-    has_rewards = any("val_chosen_reward" in e for e in events)
-    figure, axes = canvas(3 if has_rewards else 2)
+    """Accuracy, rewards and log-probabilities side by side: an SFT run has no rewards, a reward model no log-probabilities."""
+    has_rewards, has_logps = (any(key in e for e in events) for key in ("val_chosen_reward", "val_chosen_logps"))
+    figure, axes = canvas(1 + has_rewards + has_logps)
     axis, unit = axes[0], "pairs seen" if has_rewards else "dialogues seen"
     if has_rewards:
         axis.plot(*series(events, "train_reward_accuracy"), color=TRAIN, linewidth=0.8,
                   label="reward, training (labels as they come)")
         axis.plot(*series(events, "val_reward_accuracy"), color=HELD_OUT, marker=".",
                   label=f"reward, held out, n = {config['val_pairs']}")
-        baseline(axis, next((e["baseline_sft_logps"] for e in events if "baseline_sft_logps" in e), None), "the start's log-prob")
-    axis.plot(*series(events, "val_logp_accuracy"), color=CHOSEN, marker=".", label="log-prob: chosen likelier than rejected")
+        start = [e["baseline_sft_logps"] for e in (config, *events) if "baseline_sft_logps" in e]
+        baseline(axis, start[0] if start else None, "the start's log-prob")
+    if has_logps:
+        axis.plot(*series(events, "val_logp_accuracy"), color=CHOSEN, marker=".", label="log-prob: chosen likelier than rejected")
     baseline(axis, config["baseline_longer_wins"], "longer wins", ":")
     axis.set_ylim(0, 1)
     finish(axis, unit, "share of pairs that are ranked right", loc="lower right")
@@ -135,16 +176,72 @@ def accuracy(events, config, path):
         axes[1].plot(*series(events, "val_chosen_reward"), color=CHOSEN, marker=".", label="chosen")
         axes[1].plot(*series(events, "val_rejected_reward"), color=REJECTED, marker=".", label="rejected")
         axes[1].axhline(0, color=BASELINE, linewidth=0.8)
-        finish(axes[1], unit, "reward: beta (log pi - log ref), held out")
-    axes[-1].plot(*series(events, "val_chosen_logps"), color=CHOSEN, marker=".", label="chosen")
-    axes[-1].plot(*series(events, "val_rejected_logps"), color=REJECTED, marker=".", label="rejected")
-    finish(axes[-1], unit, "log-probability of a response, held out")
+        finish(axes[1], unit, "reward: beta (log pi - log ref), held out" if has_logps else "mean reward, held out, not centred")
+    if has_logps:
+        axes[-1].plot(*series(events, "val_chosen_logps"), color=CHOSEN, marker=".", label="chosen")
+        axes[-1].plot(*series(events, "val_rejected_logps"), color=REJECTED, marker=".", label="rejected")
+        finish(axes[-1], unit, "log-probability of a response, held out")
     for axis in axes:
         axis.locator_params(axis="x", nbins=5)   # or numbers of five digits run into each other
     figure.suptitle(title(config["flags"]), fontsize=10)
-    if has_rewards:
+    if has_rewards and has_logps:
         figure.supxlabel("Two negative rewards are no bug: only the gap between them enters the loss, and both fall when the "
                          "policy moves probability to other answers.", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def reward_histograms(scores, rewards, modes, path):
+    """How the judge's rewards are spread over each model's answers, a column a mode of sampling, and over the data's own. scores:
+    eval_reward's; rewards: {(model, mode): array}."""
+    names = [*scores["models"], *scores["own answers"]]
+    figure, axes = canvas(len(modes), height=1 + 0.55 * len(names))
+    everything = sorted(x for values in rewards.values() for x in values)
+    cut = len(everything) // 500   # a few outliers would press the rest into one bin
+    low, high = everything[cut], everything[-1 - cut]
+    edges = [low + (high - low) * i / 50 for i in range(51)]
+    for axis, mode in zip(axes, modes):
+        for row, name in enumerate(reversed(names)):
+            own = name in scores["own answers"]
+            found = scores["own answers"][name] if own else scores["models"][name][mode]
+            values = [min(max(x, low), high) for x in rewards[name, "data" if own else mode]]
+            counts = [0] * 50
+            for x in values:
+                counts[min(49, int(50 * (x - low) / ((high - low) or 1)))] += 1
+            color = BASELINE if own else HELD_OUT
+            top = [row + 0.85 * c / max(counts) for c in counts]
+            axis.stairs(top, edges, baseline=row, fill=True, color=color, alpha=0.35)
+            axis.plot([found["reward"]] * 2, [row, row + 0.85], color=color, linewidth=1.5)
+            axis.text(high, row + 0.5, f"{found['reward']:+.2f}", color=color, fontsize=8, ha="right")
+        axis.set_yticks([i + 0.3 for i in range(len(names))], list(reversed(names)), fontsize=8)
+        finish(axis, "reward of an answer; a line and its number: the mean", "", legend=False)
+        axis.set_title(mode, fontsize=10)
+    n = next(iter(scores["models"].values()))[modes[0]]["n"]
+    figure.suptitle(f"rewards by {scores['judge']['name']}, {n} prompts", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def score_over_steps(scores, curves, modes, path):
+    """Mean reward with its 95 % interval against training steps, and the share of right answers where it is known; dashed, other
+    models and the data's own answers. curves: {run: [(step, its scores), ...]}."""
+    known = "right" in next(iter(scores["models"].values()))[modes[0]]
+    figure, axes = canvas(1 + known)
+    colors, styles = (HELD_OUT, CHOSEN, REJECTED, "#6a3d9a", "#e8890c", "#8a5a3b"), ("-", ":", "-.", "--")
+    for (run, points), color in zip(curves.items(), colors * len(curves)):
+        steps = [step for step, _ in points]
+        for mode, style in zip(modes, styles * len(modes)):
+            rows = [score[mode] for _, score in points]
+            low, high = zip(*(row["reward_95"] for row in rows))
+            axes[0].fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+            for axis, key in zip(axes, ("reward", "right")):
+                axis.plot(steps, [row[key] for row in rows], style, marker=".", color=color, label=f"{Path(run).name}, {mode}")
+    on_curves = {id(score) for points in curves.values() for _, score in points}
+    levels = {name: score[modes[0]] for name, score in scores["models"].items() if id(score) not in on_curves}
+    for (name, row), style in zip({**levels, **scores["own answers"]}.items(), ("--", (0, (1, 1)), (0, (3, 1, 1, 1))) * 9):
+        axes[0].axhline(row["reward"], color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {row['reward']:+.2f}")
+    finish(axes[0], "step of training", f"mean reward by {scores['judge']['name']} (95 %)")
+    if known:
+        axes[1].set_ylim(0, 1)
+        finish(axes[1], "step of training", "share of right answers, by the checkers")
     figure.savefig(path, dpi=110)
 
 
@@ -192,143 +289,6 @@ def average(events):
     return {key: [statistics.fmean(v) for v in zip(*(e[key] for e in events))] if isinstance(value, list)
             else statistics.fmean(e[key] for e in events) for key, value in events[0].items()}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# several runs
-
-IMMATERIAL = ("seed", "out", "overwrite", "resume", "stop_at", "device", "variance_every", "eval_answers", "log_every",
-              "save_every")   # flags that do not change a curve, but for the seed
-COSTS = {"samples": "examples seen", "updates": "updates of the weights", "flops": "FLOPs", "seconds": "seconds of training"}
-
-
-def grouped(runs):
-    """[(config, events), ...] -> {label: {seed: (config, events)}}. A label is the optimizer, what differs among its runs (their
-    --init may go with the seed), and K where it is not the same for all optimizers."""
-    labels, all_flags = {}, [config["flags"] for config, _ in runs]
-    for config, events in runs:
-        flags = config["flags"]
-        same = [other for other in all_flags if other["optimizer"] == flags["optimizer"]]
-        rivals = {"accumulate": all_flags, "init": [other for other in same if other["seed"] == flags["seed"]]}
-        differ = [key for key in flags if key not in IMMATERIAL
-                  and any(other.get(key) != flags[key] for other in rivals.get(key, same))]
-        label = ", ".join([flags["optimizer"], *(f"{key.replace('_', ' ')} {flags[key]}" for key in differ)])
-        group = labels.setdefault(label, {})
-        if flags["seed"] in group:
-            raise ValueError(f"two runs of {label} with seed {flags['seed']}, in {flags['out']} the second")
-        group[flags["seed"]] = config, events
-    return labels
-
-
-def curve(events, x, key):
-    """[(cost, lowest value so far), ...] over a run's evaluations."""
-    points, lowest = [], float("inf")
-    for e in events:
-        if key in e:
-            lowest = min(lowest, e[key])
-            points.append((e[x], lowest))
-    return points
-
-
-def cost_to_reach(points, level):
-    """The cost at which a curve is first at `level`, on the straight line between evaluations; None if it never is."""
-    for (x, y), (next_x, next_y) in zip(points, points[1:]):
-        if y <= level:
-            return x
-        if next_y <= level:
-            return x + (next_x - x) * (y - level) / (y - next_y)
-    return points[-1][0] if points[-1][1] <= level else None
-
-
-def speedup(baseline, candidate, share=1.0):
-    """(cost of the baseline / cost of the candidate) to the loss that is `share` of the way from the baseline's first to the
-    lowest that both reach, and which of the two ("baseline", "candidate" or "") never reaches the other's lowest. None for the
-    ratio where one of them never gets below its start."""
-    lowest = baseline[-1][1], candidate[-1][1]
-    level = share * max(lowest) + (1 - share) * baseline[0][1]   # at share 1 to the bit, or one of them would not reach it
-    costs = [cost_to_reach(points, level) for points in (baseline, candidate)]
-    short = "" if lowest[0] == lowest[1] else "baseline" if lowest[0] > lowest[1] else "candidate"
-    return (costs[0] / costs[1] if costs[0] and costs[1] else None), short
-
-
-def loss_key(events):
-    return "val_dpo_loss" if any("val_dpo_loss" in e for e in events) else "val_loss"
-
-
-def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
-    """Draw compare.png (one panel for each cost in xs) and compare-variance.png (of the labels in `noisy`, or all), save
-    compare.json, return its contents. labelled: {label: {seed: (config, events)}}."""
-    if baseline not in labelled:
-        raise ValueError(f"no runs of the baseline {baseline!r}, but of {'; '.join(map(repr, labelled))}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    everyone = [(label, config["flags"], events) for label, runs in labelled.items() for config, events in runs.values()]
-    _, flags, events = next(run for run in everyone if run[0] == baseline)
-    key = loss_key(events)
-    for label, others, events in everyone:
-        for what, one, two in (("loss", key, loss_key(events)), *((name, flags.get(name), others.get(name)) for name in (
-                "data", "half", "eval_samples", "loss_on", "beta", "micro_batch"))):
-            if one != two:
-                raise ValueError(f"{label} does not compare with {baseline}: {what} is {two}, not {one}")
-    table = {"loss": key, "baseline": baseline, "runs": {}}
-    figure, axes = canvas(len(xs))
-    styles = {}
-    for label, runs in labelled.items():
-        optimizer = next(iter(runs.values()))[0]["flags"]["optimizer"]
-        style = styles.setdefault(optimizer, iter(("-", "--", ":", "-.") * 9))
-        drawn = COLORS[optimizer], next(style)
-        row = table["runs"][label] = {"seeds": sorted(runs),
-                                      "lowest": [curve(runs[s][1], "samples", key)[-1][1] for s in sorted(runs)],
-                                      "last": [[e[key] for e in runs[s][1] if key in e][-1] for s in sorted(runs)]}
-        both = sorted(set(runs) & set(labelled[baseline]))
-        for x in COSTS:
-            curves = [(curve(labelled[baseline][s][1], x, key), curve(runs[s][1], x, key)) for s in both]
-            row[f"speedup_{x}"] = [speedup(*two)[0] for two in curves]
-            row[f"speedup_90_{x}"] = [speedup(*two, share=0.9)[0] for two in curves]
-            row["fell_short"] = [speedup(*two)[1] for two in curves]
-        for axis, x in zip(axes, xs):
-            points = [[(e[x], e[key]) for e in events if key in e] for _, events in runs.values()]
-            length = min(map(len, points))
-            cost = [statistics.fmean(p[i][0] for p in points) for i in range(length)]
-            ys = [[p[i][1] for p in points] for i in range(length)]
-            axis.fill_between(cost, list(map(min, ys)), list(map(max, ys)), color=drawn[0], alpha=0.15, linewidth=0)
-            axis.plot(cost, list(map(statistics.fmean, ys)), drawn[1], color=drawn[0], label=f"{label} (n = {len(runs)})")
-    for axis, x in zip(axes, xs):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-        finish(axis, COSTS[x], f"held-out {'DPO loss' if key == 'val_dpo_loss' else 'loss'} (log axis)")
-    axes[0].set_title(f"{title}mean and range over seeds", fontsize=10)
-    figure.savefig(folder / "compare.png", dpi=110)
-    probed = {label: found for label, runs in labelled.items() if (noisy is None or label in noisy)
-              and (found := [e for _, e in runs.values() if any("update_variance" in event for event in e)])}
-    if probed:
-        colors = [COLORS[next(iter(labelled[label].values()))[0]["flags"]["optimizer"]] for label in probed]
-        variance(list(zip(probed, colors, ".xsd^v*+" * 9, probed.values())), folder / "compare-variance.png", title=title)
-    (folder / "compare.json").write_text(json.dumps(table, indent=1))
-    return table
-
-
-def spread(values, digits=2):
-    """Median and range of what there is, for a table."""
-    there = [v for v in values if v is not None]
-    if len(there) < 2:
-        return f"{there[0]:.{digits}f} (one seed)" if there else ""
-    missing = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
-    return f"{statistics.median(there):.{digits}f} [{min(there):.{digits}f}, {max(there):.{digits}f}]{missing}"
-
-
-def as_text(table, x="samples"):
-    """The table for a terminal or a README, a row a label; every entry is a median and a range over seeds."""
-    base = table["baseline"]
-    lines = [f"| | n | last held-out loss | lowest | speedup over {base} in {x}, to the lowest loss that both reach | to 90 % of "
-             "the way there | never reaches the other's lowest |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for label, row in table["runs"].items():
-        names = {"baseline": base, "candidate": label}
-        who = ", ".join(f"{names[side]} {row['fell_short'].count(side)} of {len(row['fell_short'])}" for side in names
-                        if side in row["fell_short"])
-        lines.append(f"| {label} | {len(row['seeds'])} | {spread(row['last'], 3)} | {spread(row['lowest'], 3)} | "
-                     f"{spread(row[f'speedup_{x}'])} | {spread(row[f'speedup_90_{x}'])} | {who} |")
-    return "\n".join(lines)
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -337,20 +297,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments):
     parser = Parser(prog="plots.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if arguments[:1] == ["compare"]:
-        parser.add_argument("command", choices=["compare"])
-        parser.add_argument("runs", nargs="+")
-        parser.add_argument("--x", choices=COSTS, default="samples")
-        parser.add_argument("--baseline", help="a label: an optimizer, and what differs among its runs [the first run's]")
-        parser.add_argument("--out", default=".", help="folder of compare.png and compare.json")
-        options = parser.parse_args(arguments)
-        labelled = grouped([read(folder) for folder in options.runs])
-        table = compare(labelled, options.baseline or next(iter(labelled)), options.out, [options.x])
-        print(f"{as_text(table, options.x)}\n\ndrawn and kept: {Path(options.out) / 'compare.png'}, compare.json")
-    else:
-        parser.add_argument("runs", nargs="+")
-        for folder in parser.parse_args(arguments).runs:
-            draw(folder)
+    parser.add_argument("runs", nargs="+")
+    for folder in parser.parse_args(arguments).runs:
+        draw(folder)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import minihh
-import plots
+from studies.compare import as_text, compare, curve, speedup, spread
 from studies.lab import HERE, Lab, command_line, rate, rates_table, search
 
 RUNS = Path("runs/optimizers")   # under HERE
@@ -141,7 +141,7 @@ def report(lab):
 
 
 def seeds(lab, name):
-    """{seed: (config, events)} of the runs at hand, as plots.compare takes them."""
+    """{seed: (config, events)} of the runs at hand, as compare() takes them."""
     found = {seed: lab.found.get(f"{name}-s{seed}") for seed in range(1, SEEDS + 1)}
     return {seed: (run, run["events"]) for seed, run in found.items() if run}
 
@@ -162,8 +162,8 @@ def shared_rate(lab, task, grids):
         for lr in sorted(set(grids[method]) & set(grids[base])):
             if math.inf not in (grids[method][lr], grids[base][lr]):
                 one, two = (lab.found[f"{task}/grid/{name}-{lr:g}"]["events"] for name in (base, method))
-                curves = [plots.curve(events, "samples", TASKS[task].loss) for events in (one, two)]
-                ratio = plots.speedup(*curves)[0]   # None where one never gets below its start
+                curves = [curve(events, "samples", TASKS[task].loss) for events in (one, two)]
+                ratio = speedup(*curves)[0]   # None where one never gets below its start
                 moved = [after_warmup(events)[0]["displacement_rms"] for events in (one, two)]
                 higher = "".join(f"{loss:.3f}" for other, loss in grids[base].items() if abs(other / lr - 1.5) < 0.01)
                 lines.append(f"| {method} | {base} | {f'**{lr:g}**' if lr == own else f'{lr:g}'} | {grids[method][lr]:.3f} | "
@@ -179,11 +179,11 @@ def after_warmup(events):
 def comparison(lab, task, groups, runs):
     """Every method at its own rate. FLOPs are not listed: they are samples times a constant, the same one for all."""
     folder = lab.file.parent / task
-    table = plots.compare(groups, "adamw", folder, title=f"{task.upper()} on minihh, test split, K = {K}: ",
-                          noisy=("adamw", "adamw-pma", "adamw-noaccum", "agma"))
+    table = compare(groups, "adamw", folder, title=f"{task.upper()} on minihh, test split, K = {K}: ",
+                    noisy=("adamw", "adamw-pma", "adamw-noaccum", "agma"))
     base = {seed: events for seed, (_, events) in groups["adamw"].items()}
     lines = [f"{STEPS} steps of {K} micro-batches, each method at its own rate, test split; median and [range] over seeds.", "",
-             plots.as_text(table), "",
+             as_text(table), "",
              "| | rate | a period moves, against adamw's (last block, probes of two seeds) | relative variance of that | last "
              "held-out accuracy | diverged |", "| --- | --- | --- | --- | --- | --- |"]
     for name, by_seed in groups.items():
@@ -194,14 +194,14 @@ def comparison(lab, task, groups, runs):
         row = table["runs"][name]
         row |= {"rate": runs[name][1], "moved_against_baseline": moved, "relative_variance": noise, "last_accuracy": accuracy,
                 "diverged": sum("diverged" in run for run, _ in by_seed.values())}
-        lines.append(f"| {name} | {runs[name][1]:g} | {plots.spread(moved)} | {plots.spread(noise)} | "
-                     f"{plots.spread(accuracy, 3)} | {row['diverged']} |")
+        lines.append(f"| {name} | {runs[name][1]:g} | {spread(moved)} | {spread(noise)} | "
+                     f"{spread(accuracy, 3)} | {row['diverged']} |")
     (folder / "compare.json").write_text(json.dumps(table, indent=1))
     lines += ["", "The same speedups over other baselines.", "",
               "| | over | to the lowest loss that both reach | to 90 % of the way there |", "| --- | --- | --- | --- |"]
     for name, base in (("adamw-pma", "adamw-matched"), ("lion-pma", "lion"), ("lion-pma", "lion-matched")):
         if name in groups and base in groups:
-            curves = [{seed: plots.curve(events, "samples", TASKS[task].loss) for seed, (_, events) in groups[which].items()}
+            curves = [{seed: curve(events, "samples", TASKS[task].loss) for seed, (_, events) in groups[which].items()}
                       for which in (base, name)]
             lines.append(f"| {name} | {base} | {' | '.join(speedups(*curves))} |")
     return lines
@@ -210,7 +210,7 @@ def comparison(lab, task, groups, runs):
 def speedups(baseline, candidate):
     """Of {seed: curve} and {seed: curve}: to the lowest loss that both reach and to 90 % of the way there, over common seeds."""
     both = [(baseline[seed], candidate[seed]) for seed in baseline if seed in candidate]
-    return [plots.spread([plots.speedup(*two, share)[0] for two in both]) for share in (1, 0.9)]
+    return [spread([speedup(*two, share)[0] for two in both]) for share in (1, 0.9)]
 
 
 def periods(lab, task, groups, runs):
@@ -223,10 +223,10 @@ def periods(lab, task, groups, runs):
         pair = []
         for name in ("adamw", "adamw-pma"):
             found = seeds(lab, f"{task}/k/{name}-{runs[name][1]:g}-k{k}") if k != K else groups.get(name, {})
-            pair.append({seed: plots.curve([e for e in events if e["micro_step"] <= half], "samples", TASKS[task].loss)
+            pair.append({seed: curve([e for e in events if e["micro_step"] <= half], "samples", TASKS[task].loss)
                          for seed, (_, events) in found.items() if seed <= 3})
         if pair[0] and pair[1]:
-            columns = [plots.spread([points[-1][1] for points in found.values()], 3) for found in pair]
+            columns = [spread([points[-1][1] for points in found.values()], 3) for found in pair]
             lines.append(f"| {k} | {' | '.join(columns + speedups(*pair))} |")
     return lines
 

@@ -4,7 +4,6 @@ plots.py: a picture shows the numbers of metrics.jsonl, in the unit it names.
     python -m pytest -q tests/test_plots.py
 """
 import json
-import random
 import struct
 import subprocess
 import sys
@@ -87,84 +86,57 @@ def test_dpo_pictures_show_these_numbers(tmp_path, drawn):
     assert "Two negative rewards are no bug" in accuracy.get_supxlabel()
 
 
-# ---- several runs: worked by hand -----------------------------------------------------------------------------------------
-
-def run(losses, cost=10, updates=1):
-    """Evaluations every `cost` examples."""
-    return [{"step": i, "samples": i * cost, "updates": i * updates, "flops": 2.0 * i * cost, "seconds": 1.0 * i,
-             "val_loss": loss, "val_logp_accuracy": 0.5} for i, loss in enumerate(losses)]
-
-
-def test_the_cost_to_reach_a_level():
-    """Falling from 4 to 2 over 10 examples, up to 3, then to 1: the running minimum is 4, 2, 2, 1."""
-    points = plots.curve(run([4, 2, 3, 1]), "samples", "val_loss")
-    assert points == [(0, 4), (10, 2), (20, 2), (30, 1)]
-    assert [plots.cost_to_reach(points, level) for level in (5, 4, 3, 2, 1.5, 1, 0.9)] == [0, 0, 5, 10, 25, 30, None]
-    assert plots.cost_to_reach([(0, 4)], 4) == 0 and plots.cost_to_reach([(0, 4)], 3) is None
+REWARD = [{"step": step, "samples": 16 * step, "val_reward_loss": loss, "train_eval_loss": loss + 0.1,
+           "val_reward_accuracy": right, "train_eval_accuracy": right - 0.1, "val_chosen_reward": loss,
+           "val_rejected_reward": -loss, "val_margin": 2 * loss,
+           "val_reward_calibration": [[0.6, 0.5, 0.2, 0.8, 2], [0.9, 1.0, 0.4, 1.0, 2]], "val_reward_calibration_error": 0.1,
+           "train_eval_calibration": [[0.6, 0.4, 0.1, 0.7, 2]], "train_eval_calibration_error": 0.2,
+           "val_reward_margins": [0.5, 1.0, -0.2, 2.0], "train_eval_margins": [-1.0, 1.0]}
+          for step, loss, right in ((0, 0.6931, 0.5), (1, 0.5, 0.75))]
 
 
-def test_speedup_at_the_lowest_level_that_both_reach():
-    slow, fast = [(0, 4.0), (10, 3.0), (20, 2.0)], [(0, 4.0), (10, 2.0), (20, 1.0)]
-    assert plots.speedup(slow, fast, 0.5) == (2.0, "baseline")   # half of the way from 4.0 to 2.0: after 10 and after 5
-    assert plots.speedup([(0, 4.0), (10, 4.0)], fast) == (None, "baseline")   # never below its start
-    assert plots.speedup(slow, fast) == (2.0, "baseline")       # 2.0 after 20 and after 10; the slow one never reaches 1.0
-    assert plots.speedup(fast, slow) == (0.5, "candidate")
-    assert plots.speedup(slow, slow) == (1.0, "")
+def test_reward_pictures_show_these_numbers(tmp_path, drawn):
+    path = folder(tmp_path / "run", [*REWARD, {"samples": 8, "train_loss": 0.6, "train_reward_accuracy": 0.7}])
+    config = json.loads((path / "config.json").read_text())
+    del config["flags"]["loss_on"]
+    (path / "config.json").write_text(json.dumps(config | {"baseline_sft_logps": 0.8}))
+    plots.draw(path)
+    loss, calibration, accuracy = drawn
+    assert lines(loss.axes[0])["held out, n = 400"] == ([0, 16], [0.6931, 0.5])
+    assert "all rewards equal: log 2 = 0.693" in lines(loss.axes[0])
+    said, margins = calibration.axes
+    points, _, (bars,) = said.containers[1]   # of the last evaluation; training pairs come first
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0.6, 0.9], [0.5, 1.0])
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [pytest.approx([0.2, 0.8]), pytest.approx([0.4, 1.0])]
+    assert said.containers[1].get_label() == "held out: mean gap 0.100" and calibration.get_suptitle().endswith("step 1")
+    assert sum(bar.get_height() for bar in margins.patches if hasattr(bar, "get_height")) == pytest.approx(1)
+    first, rewards = accuracy.axes   # no log-probabilities
+    assert lines(first)["reward, held out, n = 400"] == ([0, 16], [0.5, 0.75]) and "the start's log-prob 0.800" in lines(first)
+    assert lines(rewards)["rejected"] == ([0, 16], [-0.6931, -0.5]) and accuracy.get_supxlabel() == ""
+    assert (path / "calibration.png").is_file()
 
 
-def test_compare_by_hand(tmp_path, drawn):
-    """Two seeds of AdamW; AdamW-PMA reaches their lowest in half of and in two thirds of the examples, with twice the updates."""
-    runs = [plots.read(folder(tmp_path / f"{name}{seed}", run(losses, updates=updates), optimizer=name, seed=seed))
-            for name, seed, losses, updates in [("adamw", 1, [4, 3, 2], 1), ("adamw", 2, [4, 3, 2.5, 2], 1),
-                                                ("adamw-pma", 1, [4, 2, 1], 2), ("adamw-pma", 2, [4, 3, 2], 2)]]
-    table = plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
-    pma = table["runs"]["adamw-pma"]
-    assert pma["speedup_samples"] == pytest.approx([2, 1.5]) and pma["speedup_updates"] == pytest.approx([1, 0.75])
-    assert pma["speedup_flops"] == pma["speedup_seconds"] == pma["speedup_samples"]   # both go with the examples here
-    assert pma["speedup_90_samples"] == pytest.approx([18 / 9, 26 / 18])   # to 2.2 = 4 - 0.9 (4 - 2)
-    assert pma["lowest"] == pma["last"] == [1, 2] and pma["fell_short"] == ["baseline", ""]
-    assert table["runs"]["adamw"]["speedup_samples"] == [1, 1]
-    assert json.loads((tmp_path / "out/compare.json").read_text()) == table
-    figure, = drawn
-    shown = lines(figure.axes[0])
-    assert shown["adamw (n = 2)"] == ([0, 10, 20], [4, 3, 2.25]) and shown["adamw-pma (n = 2)"] == ([0, 10, 20], [4, 2.5, 1.5])
-    text = plots.as_text(table).splitlines()[-1]
-    fast = "1.72 [1.44, 2.00]"
-    assert text == f"| adamw-pma | 2 | {'1.500 [1.000, 2.000] | ' * 2}1.75 [1.50, 2.00] | {fast} | adamw 1 of 2 |"
-    assert [plots.spread(values) for values in ([1.0], [], [None], [1, 2, None, 4])] == [
-        "1.00 (one seed)", "", "", "2.00 [1.00, 4.00], 1 never"]
+def judged(reward, right):
+    return {"greedy": {"n": 3, "reward": reward, "reward_95": [reward - 1, reward + 2], "right": right}}
 
 
-def test_runs_are_grouped_by_what_differs(tmp_path):
-    """The two learning rates of AdamW are two groups; Lion has one, whose label needs no rate."""
-    runs = [plots.read(folder(tmp_path / f"{name}{lr}{seed}", run([4, 3]), optimizer=name, seed=seed, lr=lr))
-            for name, seed, lr in [("adamw", 1, 0.1), ("adamw", 2, 0.1), ("adamw", 1, 0.2), ("lion", 1, 0.01)]]
-    assert {label: sorted(group) for label, group in plots.grouped(runs).items()} == {
-        "adamw, lr 0.1": [1, 2], "adamw, lr 0.2": [1], "lion": [1]}
-    def grouped(*which):
-        names = "optimizer", "seed", "init", "accumulate"
-        return list(plots.grouped([({"flags": dict(zip(names, flags))}, []) for flags in which]))
-    assert grouped(("adamw", 1, "sft-1", 8), ("adamw", 2, "sft-2", 8), ("lion", 1, "sft-1", 8)) == ["adamw", "lion"]
-    assert grouped(("adamw", 1, "a", 8), ("adamw", 1, "b", 8)) == ["adamw, init a", "adamw, init b"]
-    assert grouped(("adamw", 1, "a", 8), ("lion", 1, "a", 4)) == ["adamw, accumulate 8", "lion, accumulate 4"]
-    with pytest.raises(ValueError, match="two runs of lion with seed 1"):
-        plots.grouped([*runs, runs[-1]])
-    with pytest.raises(ValueError, match="no runs of the baseline 'adamw', but of 'adamw, lr 0.1'; 'adamw, lr 0.2'; 'lion'$"):
-        plots.compare(plots.grouped(runs), "adamw", tmp_path / "out")
-
-
-def test_runs_that_do_not_compare_are_refused(tmp_path):
-    def grouped(**other):
-        return plots.grouped([plots.read(folder(tmp_path / str(i), run([4, 3]), **flags))
-                              for i, flags in enumerate(({}, {"optimizer": "lion", **other}))])
-    for other, message in (({"data": "mine"}, "data is mine, not minihh"), ({"eval_samples": 9}, "eval_samples is 9, not None")):
-        with pytest.raises(ValueError, match=f"lion does not compare with adamw: {message}"):
-            plots.compare(grouped(**other), "adamw", tmp_path / "out")
-    runs = grouped()
-    runs["dpo"] = {1: ({"flags": {"optimizer": "lion"}}, DPO)}
-    with pytest.raises(ValueError, match="dpo does not compare with adamw: loss is val_dpo_loss, not val_loss"):
-        plots.compare(runs, "adamw", tmp_path / "out")
-    assert list(grouped(variance_every=5, log_every=1)) == ["adamw", "lion"]
+def test_score_pictures_show_these_numbers(tmp_path, drawn):
+    scores = {"judge": {"name": "runs/reward"}, "own answers": {"test, chosen": {"reward": 0.5}},
+              "models": {"mini": judged(-2.0, 0.0), "a/step-5.pt": judged(-1.0, 0.2), "a/step-9.pt": judged(1.0, 0.6)}}
+    curves = {"a": [(5, scores["models"]["a/step-5.pt"]), (9, scores["models"]["a/step-9.pt"])]}
+    plots.score_over_steps(scores, curves, ["greedy"], tmp_path / "steps.png")
+    reward, right = drawn[0].axes
+    shown = lines(reward)
+    assert shown["a, greedy"] == ([5, 9], [-1.0, 1.0]) and shown.keys() == {"a, greedy", "mini -2.00", "test, chosen +0.50"}
+    band = reward.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (-2.0, 3.0) and lines(right)["a, greedy"] == ([5, 9], [0.2, 0.6])
+    rewards = {(name, "greedy"): [score["greedy"]["reward"]] * 3 for name, score in scores["models"].items()}
+    plots.reward_histograms(scores, rewards | {("test, chosen", "data"): [0.4, 0.6, 0.5]}, ["greedy"], tmp_path / "rewards.png")
+    (axis,) = drawn[1].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["test, chosen", "a/step-9.pt", "a/step-5.pt", "mini"]
+    assert {text.get_text() for text in axis.texts} == {"-2.00", "-1.00", "+1.00", "+0.50"}
+    assert {(*line.get_xdata(),) for line in axis.get_lines()} == {(x, x) for x in (-2.0, -1.0, 1.0, 0.5)}
+    assert (tmp_path / "steps.png").is_file() and (tmp_path / "rewards.png").is_file()
 
 
 def test_variance_picture_shows_these_numbers(tmp_path, drawn):
@@ -191,16 +163,6 @@ def test_probes_of_several_seeds_are_averaged():
 
 
 # ---- properties -------------------------------------------------------------------------------------------------------------
-
-def test_both_reach_the_lowest_level_that_both_reach():
-    """Whatever the rounding: two falling curves from one start have a speedup, the inverse of the one the other way round."""
-    draw = random.Random(1)
-    for _ in range(300):
-        one, two = ([(0, 7.6209)] + [(step, 7.6209 * draw.random() / step) for step in range(1, 6)] for _ in range(2))
-        one, two = (plots.curve([{"x": x, "y": y} for x, y in points], "x", "y") for points in (one, two))
-        there, back = plots.speedup(one, two), plots.speedup(two, one)
-        assert there[0] * back[0] == pytest.approx(1) and {there[1], back[1]} == {"baseline", "candidate"}
-
 
 def test_a_cdpo_picture_leaves_out_the_training_loss_that_does_not_compare(tmp_path, drawn):
     plots.draw(folder(tmp_path / "run", DPO, loss="cdpo", beta=0.1, gamma=10.0))
@@ -235,29 +197,11 @@ def test_command_line(tmp_path):
     script = str(Path(plots.__file__))
     run = folder(tmp_path / "run", SFT)
     assert subprocess.run([sys.executable, script, str(run)]).returncode == 0 and (run / "loss.png").is_file()
-    bad = subprocess.run([sys.executable, script, str(tmp_path / "none")], capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
+    for arguments, message in (([str(tmp_path / "none")], "config.json"), ([], "required: runs")):
+        bad = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
 
 
 def test_one_colour_per_optimizer():
     import optim
     assert plots.COLORS.keys() == optim.OPTIMIZERS.keys() and len(set(plots.COLORS.values())) == len(plots.COLORS)
-
-
-def test_compare_on_the_command_line(tmp_path):
-    script = str(Path(plots.__file__))
-    runs = [str(folder(tmp_path / name, run([4, 3, 2]), optimizer=name)) for name in ("adamw", "lion")]
-    done = subprocess.run([sys.executable, script, "compare", *runs, "--x", "updates", "--out", str(tmp_path)],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and f"| lion | 1 {'| 2.000 (one seed) ' * 2}{'| 1.00 (one seed) ' * 2}|  |" in done.stdout
-    assert done.stdout.endswith(f"drawn and kept: {tmp_path}/compare.png, compare.json\n")
-    assert (tmp_path / "compare.png").is_file() and not (tmp_path / "compare-variance.png").exists()
-    again = subprocess.run([sys.executable, script, "compare", *reversed(runs), "--out", str(tmp_path)], capture_output=True,
-                           text=True)
-    assert "speedup over lion in samples" in again.stdout   # the first run's, unless one is named
-    for arguments, message in ((["compare", runs[1], "--baseline", "adamw"], "no runs of the baseline 'adamw', but of 'lion'"),
-                               ([], "required: runs"),
-                               (["compare", *runs, "--x", "hours"], "invalid choice"),
-                               (["compare", str(tmp_path)], "config.json")):
-        bad = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
