@@ -263,14 +263,7 @@ class Tokens:
 
 
 def tokenize(pairs, vocab_size, block_size):
-    """list of Pair -> (Tokens, Counter of what was cut). No sequence is longer than block_size.
-
-    A response longer than block_size - 64 is cut at its end and loses its end-of-text, so that the model never learns to
-    stop in mid-sentence. A prompt that is then too long for the longer of its two responses is cut from the left, at a turn
-    where one fits; both responses keep the same prompt. Data from files is cached by its content.
-    """
-    if block_size < 2 * KEEP_PROMPT:
-        raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
+    """encode(), kept on disk by the content of the pairs."""
     key = hashlib.sha256(json.dumps([1, vocab_size, block_size]).encode())
     for pair in pairs:
         key.update(repr(tuple(pair)).encode())
@@ -282,6 +275,25 @@ def tokenize(pairs, vocab_size, block_size):
                 return Tokens(f["flat"], f["ends"]), Counter(json.loads(str(f["cut"])))
     except FileNotFoundError:
         pass
+    tokens, cut = encode(pairs, vocab_size, block_size)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_suffix(f".{os.getpid()}.part")
+    blob = io.BytesIO()
+    np.savez(blob, flat=tokens.flat, ends=tokens.ends, cut=json.dumps(cut))
+    part.write_bytes(hashlib.sha256(blob.getbuffer()).digest() + blob.getbuffer())
+    os.replace(part, cached)
+    return tokens, cut
+
+
+def encode(pairs, vocab_size, block_size):
+    """list of Pair -> (Tokens, Counter of what was cut). No sequence is longer than block_size.
+
+    A response longer than block_size - 64 is cut at its end and loses its end-of-text, so that the model never learns to
+    stop in mid-sentence. A prompt that is then too long for the longer of its two responses is cut from the left, at a turn
+    where one fits; both responses keep the same prompt.
+    """
+    if block_size < 2 * KEEP_PROMPT:
+        raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
     encoding = tokenizer(vocab_size)
     texts = [part for pair in pairs for part in pair]
     ids = [encoding.encode_ordinary(text) for text in texts]
@@ -296,20 +308,13 @@ def tokenize(pairs, vocab_size, block_size):
         room = block_size - max(map(len, responses))
         if len(ids[i]) > room:
             cut["prompts cut"] += 1
-            ids[i] = _cut_prompt(ids[i], room, turn)
+            ids[i] = cut_prompt(ids[i], room, turn)
         parts += [ids[i], *responses]
     flat = np.fromiter((t for part in parts for t in part), dtype=np.uint16, count=sum(map(len, parts)))
-    tokens = Tokens(flat, np.cumsum([len(part) for part in parts], dtype=np.int64).reshape(-1, 3))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{os.getpid()}.part")
-    blob = io.BytesIO()
-    np.savez(blob, flat=tokens.flat, ends=tokens.ends, cut=json.dumps(cut))
-    part.write_bytes(hashlib.sha256(blob.getbuffer()).digest() + blob.getbuffer())
-    os.replace(part, cached)
-    return tokens, cut
+    return Tokens(flat, np.cumsum([len(part) for part in parts], dtype=np.int64).reshape(-1, 3)), cut
 
 
-def _cut_prompt(prompt, room, turn):
+def cut_prompt(prompt, room, turn):
     """The longest end of a prompt that fits and starts with a human turn, else its last `room` tokens."""
     for start in range(len(prompt) - room, len(prompt) - len(turn)):
         if prompt[start:start + len(turn)] == turn:
@@ -338,15 +343,21 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "score_at", "targets", "owner")})
 
 
+def rectangle(rows):
+    """Lists of token ids -> (R, T) int64, padded on the right with zeros."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for r, row in enumerate(rows):
+        tokens[r, :len(row)] = row
+    return tokens
+
+
 def collate(prompts, responses, loss_on="response"):
     """Lists of R token arrays each -> Batch, scored on the responses or on `all` tokens but the first. This is the one place
     where targets are shifted: the hidden state at t - 1 predicts token t. Positions come from lengths, never from ids."""
     rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
-    T = max(map(len, rows)) - 1
-    tokens = np.zeros((len(rows), T), dtype=np.int64)
-    score_at, targets, owner = [], [], []
+    tokens = rectangle([row[:-1] for row in rows])
+    T, score_at, targets, owner = tokens.shape[1], [], [], []
     for r, (row, prompt) in enumerate(zip(rows, prompts)):
-        tokens[r, :len(row) - 1] = row[:-1]
         first = len(prompt) if loss_on == "response" else 1
         score_at.append(np.arange(first, len(row)) - 1 + r * T)
         targets.append(row[first:])
@@ -365,6 +376,21 @@ def pair_batch(tokens, rows):
     """Both dialogues of these rows: B chosen, then B rejected."""
     prompts, chosen, rejected = zip(*(tokens[i] for i in rows))
     return collate(prompts * 2, chosen + rejected)
+
+
+def reward_batch(prompts, responses):
+    """Whole dialogues, each to be read at its last token, the end-of-text that closes the response; a Batch whose `targets` are
+    these very tokens. The place comes from the length, never from an id: padding may look like any token."""
+    rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
+    tokens, lengths = rectangle(rows), [len(row) for row in rows]
+    last = np.arange(len(rows)) * tokens.shape[1] + np.array(lengths) - 1
+    return Batch(*map(torch.from_numpy, (tokens, last, tokens.reshape(-1)[last], np.arange(len(rows)))), lengths, len(rows))
+
+
+def reward_pair_batch(tokens, rows, which=("chosen", "rejected")):
+    """The dialogues of these rows for a reward model: all chosen ones, then all rejected ones; or only those of `which`."""
+    picked, column = [tokens[i] for i in rows], {"chosen": 1, "rejected": 2}
+    return reward_batch([pair[0] for _ in which for pair in picked], [pair[column[w]] for w in which for pair in picked])
 
 
 def epoch_order(lengths, size, seed, epoch):

@@ -76,6 +76,8 @@ def add_lora(model, rank, alpha=None, dropout=0.0, bias="none", base_sha256=None
     model.lora = {"rank": rank, "alpha": float(alpha), "bias": bias, "block_size": model.config.block_size,
                   "base_sha256": base_sha256 or fingerprint(model.state_dict())}
     model.requires_grad_(False)
+    if hasattr(model, "reward_head"):   # new as well, and not in the base: it trains whole
+        model.reward_head.requires_grad_(True)
     wrapped = 0
     for parent in list(model.h.modules()):
         for name, layer in list(parent.named_children()):
@@ -163,7 +165,12 @@ def adapter_state(model):
     if not hasattr(model, "lora"):
         return None
     adapters(model, on=True)
-    return {**model.lora, "adapter": {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}}
+    return {**model.lora, "adapter": {name: t.detach().cpu() for name, t in _own(model).items()}}
+
+
+def _own(model):
+    """What of an adapted model is not the base's: all that trains, and a reward model's centre, its one buffer."""
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if t.requires_grad or not isinstance(t, nn.Parameter)}
 
 
 def save_adapter(model, path):
@@ -178,13 +185,15 @@ def load_adapter(model, path):
         raise InputError("the model has adapters already: merge them first")
     if saved["block_size"] != model.config.block_size:
         raise InputError(f"{path} was trained with block_size {saved['block_size']}, found a base with {model.config.block_size}")
+    tensors = saved["adapter"] if isinstance(saved["adapter"], dict) else {}
+    if ("reward_head.weight" in tensors) != hasattr(model, "reward_head"):
+        raise InputError(f"{path}: expected the adapter of a {'reward' if hasattr(model, 'reward_head') else 'language'} model")
     base_sha256 = fingerprint(model.state_dict())
     if saved["base_sha256"] != base_sha256:
         raise InputError(f"{path} belongs to another base: these weights do not have the SHA-256 of those that it was trained on")
-    tensors = saved["adapter"] if isinstance(saved["adapter"], dict) else {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         add_lora(model, saved["rank"], saved["alpha"], bias=saved["bias"], base_sha256=base_sha256)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = _own(model)
         if trained.keys() != tensors.keys() or not all(
                 torch.is_tensor(t) and t.shape == trained[name].shape and t.isfinite().all() for name, t in tensors.items()):
             merge(model)   # B is still zero: the base as it was

@@ -3,7 +3,8 @@ From hidden states to losses. Pure functions on tensors: no model, no config, no
 
 Everything starts at one function, token_logps: the log-probability of each target given its hidden state. It meets only the
 rows that are scored, a chunk of them at a time, and computes each chunk's logits again in the backward pass, so that a
-matrix of (tokens, 50257) never exists as a whole. SFT, DPO and CDPO are a few lines on top of it.
+matrix of (tokens, 50257) never exists as a whole. SFT, DPO and CDPO are a few lines on top of it; a reward model needs no
+vocabulary.
 
 Shapes: S scored positions, C channels, V vocabulary, B pairs. `owner` (S,) says which of the 2B responses a position belongs
 to; the B chosen ones come first, then the B rejected ones. "logp" is of a token, "logps" of a whole response.
@@ -149,6 +150,16 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
     regularizer = (sequence_logps(r, owner, n) / lengths).view(2, -1).mean(0)
     losses, _, _ = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), beta)
     return losses + gamma * regularizer, regularizer, logps
+
+
+def reward_loss(chosen_rewards, rejected_rewards):
+    """Bradley-Terry's -log sigmoid(r_w - r_l), (B,): the surprise at the chosen one being preferred (FORMULAS section 5)."""
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def batch_rewards(model, batch):
+    """The rewards of the dialogues of a data.reward_batch, (R,)."""
+    return model.rewards(batch.pick(model.hidden(batch.tokens)))
 
 
 def wins(a, b, slack=0.0):

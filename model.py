@@ -158,6 +158,29 @@ class GPT(nn.Module):
         return _generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator)
 
 
+class RewardModel(GPT):
+    """GPT-2 that scores a dialogue: a linear head n_embd -> 1 in the place of the vocabulary's, read at the dialogue's last token
+    (FORMULAS.md section 5). It starts at zero. Only differences of rewards are learned; `center` says where zero is."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.reward_head = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.zeros_(self.reward_head.weight)
+        self.register_buffer("center", torch.zeros(()))   # the mean reward of the training set's chosen responses
+
+    def rewards(self, hidden):
+        """(R, C) hidden states at the last tokens of R dialogues -> (R,) rewards, never in half precision."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.reward_head(hidden.to(self.center.dtype)).squeeze(1) - self.center
+
+
+def reward_model(model):
+    """A RewardModel on the weights of a GPT, whose tensors it takes over."""
+    device = model.wte.weight.device
+    head = {"reward_head.weight": torch.zeros(1, model.config.n_embd, device=device), "center": torch.zeros((), device=device)}
+    return build(model.config, {**model.state_dict(), **head}, "the model", RewardModel)
+
+
 def flops(config, lengths, scored, backward=False, rank=0):
     """FLOPs of a forward pass over sequences of these lengths with the head at `scored` positions, or of forward and backward: 2
     per weight and token, 4 C per layer and attended position, and twice that to go back. With LoRA of this rank, frozen matrices
@@ -321,11 +344,14 @@ def download_model(repository):
     return folder
 
 
-def load(name, dropout=0.0, block_size=None):
+def load(name, dropout=0.0, block_size=None, kind=GPT):
     """A GPT in fp32 on the CPU: `mini` (random, from torch's global generator), a size in SIZES (weights from the hub), one of
     our run folders (its best.pt) or checkpoints, a Hugging Face GPT-2 folder, or `hf:owner/repository`. A smaller block_size
-    drops the positions behind it."""
+    drops the positions behind it. kind=RewardModel: a run of train_reward.py."""
     config, state = _read(name)
+    if (state is not None and "reward_head.weight" in state) != (kind is RewardModel):
+        raise InputError(f"{name} is a reward model, and a language model is needed here" if kind is GPT else
+                         f"{name} is a language model, and a reward model is needed here: train_reward.py makes one of it")
     if block_size is not None and not 0 < block_size <= config.block_size:
         raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
     cut = replace(config, dropout=dropout, block_size=block_size or config.block_size)
@@ -334,7 +360,7 @@ def load(name, dropout=0.0, block_size=None):
     wpe = state.get("wpe.weight")
     if wpe is not None and wpe.shape[:1] == (config.block_size,):   # anything else is for build to refuse
         state["wpe.weight"] = wpe[:cut.block_size].clone()
-    return build(cut, state, name)
+    return build(cut, state, name, kind)
 
 
 def _read(name):
@@ -359,10 +385,10 @@ def _read(name):
                      "or hf:OWNER/REPOSITORY")
 
 
-def build(config, state, source):
+def build(config, state, source, kind=GPT):
     """A model that takes over the tensors of `state`: no random initialisation, every key and shape accounted for."""
     with torch.device("meta"):
-        model = GPT(config)
+        model = kind(config)
     want = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     have = {key: tuple(t.shape) for key, t in state.items()}
     if want != have:

@@ -3,8 +3,9 @@ What every script needs around its loop: flags from a dataclass, device and seed
 and the progress line.
 
 A run folder holds config.json (every flag, versions, counts), metrics.jsonl (one object an event, append-only), last.pt (to
-resume from: what trains, the optimizer, the generators), best.pt (what the next stage loads: a whole GPT), with LoRA adapter.pt
-(the adapters of best.pt alone), samples.txt and pictures. One process writes a folder at a time.
+resume from: what trains, the optimizer, the generators), best.pt (what the next stage loads: a whole GPT), with --keep-every
+step-N.pt (the same of every N steps), with LoRA adapter.pt (the adapters of best.pt alone), samples.txt and pictures. One process
+writes a folder at a time.
 """
 import argparse
 import contextlib
@@ -67,6 +68,7 @@ class Config:
     eval_samples: int = 200                   # validation pairs an evaluation looks at
     eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker
     save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
+    keep_every: int | None = None             # steps between models that stay, step-100.pt and so on; none unless given
     log_every: int = 10                       # steps between lines of metrics and of progress
     variance_every: int | None = None         # steps between probes of the noise in the updates; none unless given
 
@@ -131,9 +133,8 @@ def check_same(out, stored, given):
 def validate(cfg):
     """What argparse cannot see: numbers that make no sense."""
     for name, low in {"steps": 0, "epochs": 0, "stop_at": 1, "micro_batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0,
-                      "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "log_every": 1,
-                      "eval_answers": 0, "variance_every": 1, "lora_rank": 0,
-                      "dropout": 0, "seed": 0}.items():
+                      "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "keep_every": 1,
+                      "log_every": 1, "eval_answers": 0, "variance_every": 1, "lora_rank": 0, "dropout": 0, "seed": 0}.items():
         value = getattr(cfg, name)
         if value is not None and not value >= low:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {value}")
@@ -194,8 +195,8 @@ def count_steps(cfg, examples):
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
-OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "adapter.pt", "loss.png", "accuracy.png",
-        "variance.png", "variance-time.png")
+OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "adapter.pt", "step-*.pt", "loss.png",
+        "accuracy.png", "calibration.png", "variance.png", "variance-time.png")
 RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
 
 
@@ -219,7 +220,7 @@ class Run:
             raise InputError(f"{self.path} holds no last.pt to resume from")
 
     def _refuse_used(self):
-        used = [f for f in OURS if (self.path / f).exists()]
+        used = [f for f in OURS if any(self.path.glob(f))]
         if used and not (self.cfg.resume or self.cfg.overwrite):
             raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
 
@@ -264,7 +265,7 @@ class Run:
         else:
             self._refuse_used()   # another process may have come first
             for name in OURS:
-                for file in (self.path / name, self.path / f"{name}.part"):
+                for file in (*self.path.glob(name), *self.path.glob(f"{name}.part")):
                     file.unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
             with open(self.path / name, "ab") as f:
@@ -307,7 +308,14 @@ class Run:
         """best.pt from a GPT's state dict; adapter.pt too where there is one (lora.adapter_state)."""
         if adapter is not None:
             write_checkpoint(self.path / "adapter.pt", adapter)
-        write_checkpoint(self.path / "best.pt", {"model": state, "model_config": dataclasses.asdict(config)})
+        self.keep("best.pt", config, state)
+
+    def keep_due(self):
+        return self.cfg.keep_every is not None and self.at["step"] % self.cfg.keep_every == 0
+
+    def keep(self, name, config, state):
+        """A whole model under this name, as load() takes it."""
+        write_checkpoint(self.path / name, {"model": state, "model_config": dataclasses.asdict(config)})
 
     def draw(self, draw):
         """The pictures again, draw(folder), at the end and as often as takes a thirtieth of the time at most."""

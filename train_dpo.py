@@ -182,6 +182,8 @@ def main(cfg):
             run.draw(plots.draw)
             run.say("step {step:>5} held-out DPO loss {val_dpo_loss:.4f} | reward accuracy {val_reward_accuracy:.3f} | "
                     "margin {val_margin:.3f}".format(**run.at, **found) + data.show_answers(found))
+        if run.keep_due():
+            run.keep(f"step-{run.at['step']}.pt", model.config, lora.merged_state(model))
         if not run.goes_on(model, optimizer):
             break
 

@@ -116,6 +116,8 @@ def main(cfg):
             run.draw(plots.draw)
             run.say("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f} | chosen likelier "
                     "{val_logp_accuracy:.3f}".format(**run.at, **found) + data.show_answers(found))
+        if run.keep_due():
+            run.keep(f"step-{run.at['step']}.pt", model.config, lora.merged_state(model))
         if not run.goes_on(model, optimizer):
             break
 

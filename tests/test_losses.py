@@ -1,6 +1,6 @@
 """
-Proves losses.py: log-probabilities of tokens and responses, SFT, DPO, CDPO, win rates and divergences, values and gradients,
-also when the scored rows go through the vocabulary matrix in many small chunks.
+Proves losses.py: log-probabilities of tokens and responses, SFT, DPO, CDPO, rewards, win rates and divergences, values and
+gradients, also when the scored rows go through the vocabulary matrix in many small chunks.
 
     python -m pytest -q tests/test_losses.py
 
@@ -646,6 +646,25 @@ def test_regularizer_lies_between_0_and_1():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # wins: by hand
+
+def test_reward_loss_is_binary_cross_entropy_of_the_margin():
+    """Values and gradients; a difference of 200 is no infinity, and a shift of all rewards changes nothing."""
+    chosen, rejected = torch.tensor([[0.0, 3, -1, 200, 0], [0.0, 1, 2, 0, 200]], dtype=torch.float64).unbind()
+    chosen.requires_grad_(), rejected.requires_grad_()
+    loss = losses.reward_loss(chosen, rejected)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(chosen - rejected, torch.ones(5, dtype=torch.float64),
+                                                                    reduction="none")
+    torch.testing.assert_close(loss, expected, **EXACT)
+    ours, theirs = (torch.autograd.grad(x.sum(), (chosen, rejected), retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    torch.testing.assert_close(losses.reward_loss(chosen + 7, rejected + 7), loss, **EXACT)
+
+
+def test_reward_loss_by_hand():
+    """P(chosen) is 1/2 at equal rewards and 3/4 at a margin of log 3."""
+    found = losses.reward_loss(torch.tensor([1.0, math.log(3)]), torch.tensor([1.0, 0.0]))
+    assert found.tolist() == pytest.approx([LOG2, math.log(4 / 3)])
+
 
 def test_wins_by_hand():
     a, b = torch.tensor([1., 2., 3., -5.]), torch.tensor([2., 2., 1., -5.1])

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import model as gpt
 from files import InputError, write_checkpoint
@@ -465,6 +465,57 @@ def test_generation_under_autocast(ours):
 def test_a_prompt_must_fit(ours, prompts, found):
     with pytest.raises(InputError, match=f"prompt of {found} tokens.* 1 to block_size {BLOCK}"):
         ours.generate(prompts, 1)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the reward model
+
+def reward_on(ours):
+    model = gpt.reward_model(ours).eval()
+    torch.nn.init.normal_(model.reward_head.weight, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_rewards_equal_transformers_sequence_classifier(hf, ours, tmp_path):
+    """Which has the same head, without the centre."""
+    model = reward_on(ours)
+    theirs = GPT2ForSequenceClassification(GPT2Config(**{**hf.config.to_dict(), "num_labels": 1, "pad_token_id": V - 1})).eval()
+    theirs.transformer.load_state_dict(hf.transformer.state_dict())
+    with torch.no_grad():
+        theirs.score.weight.copy_(model.reward_head.weight)
+        idx = tokens(3, 9).clamp(max=V - 2)
+        model.center.fill_(0.5)
+        torch.testing.assert_close(model.rewards(model.hidden(idx)[:, -1]), theirs(idx).logits[:, 0] - 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reward_model_starts_at_zero_on_the_very_weights(ours):
+    model = gpt.reward_model(ours)
+    assert model.rewards(model.hidden(tokens(2, 5))[:, -1]).tolist() == [0, 0]
+    assert all(p.data_ptr() == model.state_dict()[key].data_ptr() for key, p in ours.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters()) and model.config == ours.config
+
+
+def test_rewards_stay_in_full_precision_under_autocast(ours):
+    """bfloat16 has 8 bits: rewards near 100 that differ by 0.1 would be equal."""
+    model, hidden = reward_on(ours), torch.randn(4, 24)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = model.rewards(hidden)
+    assert found.dtype == torch.float32 and torch.equal(found, model.rewards(hidden).detach())
+    assert model.double().rewards(hidden.double()).dtype == torch.float64
+
+
+def test_a_reward_model_is_loaded_as_such_only(ours, tmp_path):
+    model = reward_on(ours)
+    model.center.fill_(0.25)
+    write_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "model_config": asdict(ours.config)})
+    again = load(str(tmp_path), kind=gpt.RewardModel, block_size=10)
+    assert torch.equal(again.reward_head.weight, model.reward_head.weight) and again.center == 0.25
+    assert again.wpe.weight.shape == (10, 24)
+    with pytest.raises(InputError, match="is a reward model, and a language model is needed here"):
+        load(str(tmp_path))
+    for name in ("mini", str(tmp_path / "lm.pt")):
+        write_checkpoint(tmp_path / "lm.pt", {"model": ours.state_dict(), "model_config": asdict(ours.config)})
+        with pytest.raises(InputError, match="is a language model, and a reward model is needed here"):
+            load(name, kind=gpt.RewardModel)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # properties of weights in and out

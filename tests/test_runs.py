@@ -153,6 +153,26 @@ def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists() and (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_models_that_stay(tmp_path):
+    """--keep-every 2: whole models of steps 0 and 2, which load() takes and --overwrite clears; none without the flag."""
+    run, model, _ = begun(tmp_path, keep_every=2)
+    due = []
+    for step in range(4):
+        run.at["step"] = step
+        if run.keep_due():
+            due.append(step)
+            run.keep(f"step-{step}.pt", model.config, model.state_dict())
+    run.end()
+    assert due == [0, 2] and sorted(f.name for f in (tmp_path / "run").glob("step*")) == ["step-0.pt", "step-2.pt"]
+    again = gpt.load(str(tmp_path / "run" / "step-2.pt"))
+    assert all(torch.equal(t, model.state_dict()[key]) for key, t in again.state_dict().items())
+    with pytest.raises(InputError, match="already holds a run"):
+        begun(tmp_path)
+    run, _, _ = begun(tmp_path, overwrite=True)
+    assert not list((tmp_path / "run").glob("step*")) and not run.keep_due()
+    run.end()
+
+
 def test_first_signal_is_polite_the_second_is_not(tmp_path):
     run, model, optimizer = begun(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
