@@ -36,6 +36,7 @@ import optim
 import plots
 import train_dpo
 import train_sft
+from studies.compare import spread
 from studies.lab import Lab, command_line, rate, rates_table, search
 
 RUNS = Path("runs/ranks")   # under the repository
@@ -119,9 +120,8 @@ def judge(task, folder, reference):
     else:
         cfg, ref = train_dpo.Config(eval_answers=0), gpt.load(str(reference)).eval()
         found, _ = train_dpo.evaluate(cfg, model, lambda: contextlib.nullcontext(ref), contextlib.nullcontext, tokens)
-    answers = eval_reward.answer(eval_reward.Config(), model, tokens, 0.0)
-    decode, end = data.tokenizer(model.config.vocab_size).decode, model.config.vocab_size - 1
-    right = [minihh.check(e, decode([t for t in a if t != end])) for e, a in zip(examples, answers)]
+    answers = eval_reward.answer(eval_reward.Config(), model, [tokens[i][0] for i in range(len(tokens))], 0.0)
+    right = [minihh.check(e, eval_reward.as_text(model, a)) for e, a in zip(examples, answers)]
     return {"loss": found[TASKS[task].loss], "accuracy": found[TASKS[task].accuracy], "right": float(np.mean(right))}
 
 
@@ -223,13 +223,13 @@ def results(lab, task, rates):
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, by_seed in found.items():
         if by_seed:
-            columns = [plots.spread([run[key] for run in by_seed.values()], 3) for key in ("loss", "accuracy", "right")]
+            columns = [spread([run[key] for run in by_seed.values()], 3) for key in ("loss", "accuracy", "right")]
             plain = found.get(f"{name.split('-')[0]}-none", {})
             against = ["", "", ""]
             if name not in ("start", "full"):
                 ends = {seed: (found["start"][seed]["loss"], found["full"][seed]["loss"]) for seed in by_seed
                         if seed in found["start"] and seed in found["full"]}
-                against = [plots.spread([(a - by_seed[seed]["loss"]) / (a - b) for seed, (a, b) in ends.items()]),
+                against = [spread([(a - by_seed[seed]["loss"]) / (a - b) for seed, (a, b) in ends.items()]),
                            difference(by_seed, found["full"], "loss"),
                            difference(by_seed, plain, "loss") if "-none" not in name else ""]
             lines.append(f"| {name} | {rates.get(name, '')} | {len(by_seed)} | {' | '.join(columns + against)} |")
