@@ -4,6 +4,7 @@ How fast is it? Ratios within one run, since a machine's speed drifts.
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
     python -m studies.bench lora        # SFT by LoRA rank, one dialogue a step: time and peak memory, against full fine-tuning
     python -m studies.bench lora-dpo --model gpt2-medium   # DPO with the adapters off as reference, against a second model
+    python -m studies.bench generate    # tokens a second of 8 prompts: against transformers' generate, and the memory's limit
 """
 import argparse
 import contextlib
@@ -13,6 +14,7 @@ import multiprocessing
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 import data
+import eval_reward
 import lora
 import losses
 import model as gpt
@@ -27,6 +30,7 @@ import optim
 import runs
 import train_dpo
 from files import InputError
+from studies.lab import HERE
 
 
 def optim_steps(name="gpt2", rounds=25):
@@ -54,6 +58,67 @@ def optim_steps(name="gpt2", rounds=25):
         state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x))
         print(f"| {key} | {1000 * statistics.median(took[key]):.0f} | {statistics.median(ratios):.2f} [{min(ratios):.2f}, "
               f"{max(ratios):.2f}] | {state / numbers:.1f} |")
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def generation(name, device, out, rounds, new=128):
+    """Sampling at temperature 1 with our generate and with transformers', on the same random weights and prompts, in turns; and
+    between them the memory: a plain sum over as many bytes as the weights have. The limit: each new token of all rows reads every
+    matrix once (but one row of the positions') and the keys and values of all rows' past. The pass over the prompts counts in the
+    time of both sides, and the limit leaves it out."""
+    import transformers   # an oracle, not needed to run what is measured
+    device, autocast = runs.setup(runs.Config(device=device))
+    model = gpt.GPT(gpt.SIZES[name]).to(device).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.export(model, Path(folder) / "hf")
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").to(device).eval()
+    c, encoding = model.config, data.tokenizer(50257)
+    prompts = [encoding.encode_ordinary(p) for p in eval_reward.read_prompts(HERE / "prompts.jsonl")[0][:8]]
+    width = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), width), 50256), torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, seen, prompt in zip(ids, mask, prompts):   # transformers pads on the left
+        row[width - len(prompt):], seen[width - len(prompt):] = torch.tensor(prompt), 1
+    ids, mask, memory = ids.to(device), mask.to(device), torch.randn(sum(p.numel() for p in model.parameters()), device=device)
+
+    def ours():
+        return sum(map(len, model.generate(prompts, new)))
+
+    def transformers_():
+        return theirs.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new,
+                               min_new_tokens=new, pad_token_id=50256)[:, width:].numel()
+
+    def read():
+        memory.sum()
+        return memory.nbytes
+    rates = {f: [] for f in (ours, transformers_, read)}
+    for turn in range(rounds + 1):   # the first warms up
+        for f, found in rates.items():
+            began = time.perf_counter()
+            with autocast():
+                n = f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                found.append(n / (time.perf_counter() - began))
+    weights = memory.nbytes - model.wpe.weight.nbytes
+    past = sum(len(p) + t for p in prompts for t in range(new)) / new * 2 * c.n_layer * c.n_embd * 4   # bytes, mean over tokens
+    limits = [len(prompts) * speed / (weights + past) for speed in rates[read]]
+    rows = {"ours": rates[ours], "transformers": rates[transformers_], "limit": limits}
+    rows |= {"ours / transformers": [a / b for a, b in zip(rates[ours], rates[transformers_])],
+             "ours / limit": [a / b for a, b in zip(rates[ours], limits)]}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    speeds = [speed / 1e9 for speed in rates[read]]
+    print(f"{where}, {torch.get_num_threads()} threads, {name}: {len(prompts)} prompts of {min(map(len, prompts))} to {width} "
+          f"tokens, {new} new ones, {rounds} rounds. The memory reads {statistics.median(speeds):.1f} GB/s [{min(speeds):.1f}, "
+          f"{max(speeds):.1f}]; a new token of all rows needs {(weights + past) / 1e6:.0f} MB.\n\n"
+          "| | median | range |\n| --- | --- | --- |")
+    for key, found in rows.items():
+        digits = 2 if "/" in key else 1
+        print(f"| {key}{'' if '/' in key else ', tokens/s'} | {statistics.median(found):.{digits}f} | {min(found):.{digits}f} to "
+              f"{max(found):.{digits}f} |")
+    if out:
+        Path(out).write_text(json.dumps({"what": "generate", "model": name, "machine": where, "rounds": rounds, "rows": rows,
+                                         "bytes_per_second": rates[read], "bytes_per_token": weights + past}, indent=1) + "\n")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in processes of their own, which take turns: each has its own peak memory, and the machine's drift hits all alike
@@ -188,11 +253,11 @@ CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["optim", *CASES])
+    parser.add_argument("what", choices=["optim", "generate", *CASES])
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
-    options = parser.add_argument_group("of lora and lora-dpo")
+    options = parser.add_argument_group("of lora, lora-dpo and generate")
     options.add_argument("--device", default="auto")
-    options.add_argument("--tokens", type=int, default=1024, help="of a dialogue")
+    options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for the rows; studies.ranks draws those of lora, results/ranks/cost-*.json")
     cfg = parser.parse_args(argv)
@@ -206,6 +271,9 @@ def main(argv=None):
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
     if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).parent.is_dir()):   # better now than after the work
         raise InputError(f"--out: expected a file's name in a folder that exists, found {cfg.out}")
+    if cfg.what == "generate":
+        generation(cfg.model, cfg.device, cfg.out, cfg.rounds)
+        return
     adapters_against_full(cfg.what, cfg.model, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
 
 
