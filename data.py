@@ -334,36 +334,38 @@ class Batch:
     owner: torch.Tensor      # (S,)
     lengths: list            # R real lengths
     responses: int           # R: B sequences, or 2B for pairs
+    ends: torch.Tensor = None   # (R,) for a reward model: where the last token of each whole dialogue stands
 
     def pick(self, hidden):
         """(R, T, C) hidden states -> (S, C) at the scored places."""
         return hidden.flatten(0, 1).index_select(0, self.score_at)
 
+    def last(self, hidden):
+        """(R, T, C) -> (R, C) at the last token of each dialogue."""
+        return hidden.flatten(0, 1).index_select(0, self.ends)
+
     def to(self, device):
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("tokens", "score_at", "targets", "owner")})
+        return replace(self, **{key: value.to(device) for key, value in vars(self).items() if torch.is_tensor(value)})
 
 
-def rectangle(rows):
-    """Lists of token ids -> (R, T) int64, padded on the right with zeros."""
-    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for r, row in enumerate(rows):
-        tokens[r, :len(row)] = row
-    return tokens
-
-
-def collate(prompts, responses, loss_on="response"):
+def collate(prompts, responses, loss_on="response", whole=False):
     """Lists of R token arrays each -> Batch, scored on the responses or on `all` tokens but the first. This is the one place
-    where targets are shifted: the hidden state at t - 1 predicts token t. Positions come from lengths, never from ids."""
+    where targets are shifted: the hidden state at t - 1 predicts token t. Positions come from lengths, never from ids. whole: the
+    last token is in it too, for a reward model to be read there."""
     rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
-    tokens = rectangle([row[:-1] for row in rows])
-    T, score_at, targets, owner = tokens.shape[1], [], [], []
+    lengths = [len(row) - (not whole) for row in rows]
+    T = max(lengths)
+    tokens = np.zeros((len(rows), T), dtype=np.int64)
+    score_at, targets, owner = [], [], []
     for r, (row, prompt) in enumerate(zip(rows, prompts)):
+        tokens[r, :lengths[r]] = row[:lengths[r]]
         first = len(prompt) if loss_on == "response" else 1
         score_at.append(np.arange(first, len(row)) - 1 + r * T)
         targets.append(row[first:])
         owner.append(np.full(len(row) - first, r))
-    return Batch(*(torch.from_numpy(x) for x in (tokens, *map(np.concatenate, (score_at, targets, owner)))),
-                 [len(row) - 1 for row in rows], len(rows))
+    ends = torch.arange(len(rows)) * T + torch.tensor(lengths) - 1
+    return Batch(*(torch.from_numpy(x) for x in (tokens, *map(np.concatenate, (score_at, targets, owner)))), lengths, len(rows),
+                 ends if whole else None)
 
 
 def sft_batch(tokens, rows, loss_on="response"):
@@ -378,19 +380,10 @@ def pair_batch(tokens, rows):
     return collate(prompts * 2, chosen + rejected)
 
 
-def reward_batch(prompts, responses):
-    """Whole dialogues, each to be read at its last token, the end-of-text that closes the response; a Batch whose `targets` are
-    these very tokens. The place comes from the length, never from an id: padding may look like any token."""
-    rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
-    tokens, lengths = rectangle(rows), [len(row) for row in rows]
-    last = np.arange(len(rows)) * tokens.shape[1] + np.array(lengths) - 1
-    return Batch(*map(torch.from_numpy, (tokens, last, tokens.reshape(-1)[last], np.arange(len(rows)))), lengths, len(rows))
-
-
-def reward_pair_batch(tokens, rows, which=("chosen", "rejected")):
-    """The dialogues of these rows for a reward model: all chosen ones, then all rejected ones; or only those of `which`."""
+def reward_batch(tokens, rows, which=("chosen", "rejected")):
+    """The whole dialogues of these rows: all chosen ones, then all rejected ones; or only those of `which`."""
     picked, column = [tokens[i] for i in rows], {"chosen": 1, "rejected": 2}
-    return reward_batch([pair[0] for _ in which for pair in picked], [pair[column[w]] for w in which for pair in picked])
+    return collate([pair[0] for _ in which for pair in picked], [pair[column[w]] for w in which for pair in picked], whole=True)
 
 
 def epoch_order(lengths, size, seed, epoch):

@@ -83,8 +83,7 @@ def reward_judge(name, device, autocast):
     def judge(prompts, answers):
         tokens = as_tokens(model, prompts, answers)
         with autocast():
-            return each(tokens, lambda rows: losses.batch_rewards(
-                model, data.reward_pair_batch(tokens, rows, ["chosen"]).to(device)))
+            return each(tokens, lambda rows: losses.batch_rewards(model, data.reward_batch(tokens, rows, ["chosen"]).to(device)))
     return judge
 
 

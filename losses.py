@@ -159,7 +159,9 @@ def reward_loss(chosen_rewards, rejected_rewards):
 
 def batch_rewards(model, batch):
     """The rewards of the dialogues of a data.reward_batch, (R,)."""
-    return model.rewards(batch.pick(model.hidden(batch.tokens)))
+    hidden = model.hidden(batch.tokens)
+    logps = response_logps(batch.pick(hidden), model.wte.weight, batch) if model.likelihood else None
+    return model.rewards(batch.last(hidden), logps)
 
 
 def wins(a, b, slack=0.0):

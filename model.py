@@ -160,24 +160,34 @@ class GPT(nn.Module):
 
 class RewardModel(GPT):
     """GPT-2 that scores a dialogue: a linear head n_embd -> 1 in the place of the vocabulary's, read at the dialogue's last token
-    (FORMULAS.md section 5). It starts at zero. Only differences of rewards are learned; `center` says where zero is."""
+    (FORMULAS.md section 5). It starts at zero. Only differences of rewards are learned; `center` says where zero is.
 
-    def __init__(self, config):
+    likelihood: the head has one more input, the log-probability of the response to this very model: r = w h + a log pi(y|x). What
+    a model of two layers knows of the answer stands in its last layer, and behind that nothing can compare it to what was said.
+    """
+
+    def __init__(self, config, likelihood=False):
         super().__init__(config)
-        self.reward_head = nn.Linear(config.n_embd, 1, bias=False)
+        self.likelihood = likelihood
+        self.reward_head = nn.Linear(config.n_embd + likelihood, 1, bias=False)
         nn.init.zeros_(self.reward_head.weight)
         self.register_buffer("center", torch.zeros(()))   # the mean reward of the training set's chosen responses
 
-    def rewards(self, hidden):
-        """(R, C) hidden states at the last tokens of R dialogues -> (R,) rewards, never in half precision."""
+    def rewards(self, hidden, logps=None):
+        """(R, C) hidden states at the last tokens of R dialogues, with `likelihood` the responses' log-probabilities (R,) -> (R,)
+        rewards, never in half precision."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.reward_head(hidden.to(self.center.dtype)).squeeze(1) - self.center
+            inputs = hidden.to(self.center.dtype)
+            if self.likelihood:
+                inputs = torch.cat((inputs, logps[:, None].to(inputs.dtype)), dim=1)
+            return self.reward_head(inputs).squeeze(1) - self.center
 
 
-def reward_model(model):
+def reward_model(model, likelihood=False):
     """A RewardModel on the weights of a GPT, whose tensors it takes over."""
     device = model.wte.weight.device
-    head = {"reward_head.weight": torch.zeros(1, model.config.n_embd, device=device), "center": torch.zeros((), device=device)}
+    head = {"reward_head.weight": torch.zeros(1, model.config.n_embd + likelihood, device=device),
+            "center": torch.zeros((), device=device)}
     return build(model.config, {**model.state_dict(), **head}, "the model", RewardModel)
 
 
@@ -388,7 +398,8 @@ def _read(name):
 def build(config, state, source, kind=GPT):
     """A model that takes over the tensors of `state`: no random initialisation, every key and shape accounted for."""
     with torch.device("meta"):
-        model = kind(config)
+        head = state.get("reward_head.weight")
+        model = GPT(config) if kind is GPT else kind(config, head is not None and head.shape[1:] == (config.n_embd + 1,))
     want = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     have = {key: tuple(t.shape) for key, t in state.items()}
     if want != have:

@@ -2,6 +2,7 @@
 A reward model: GPT-2 with a scalar head learns from pairs which of two responses people prefer.
 
     python train_reward.py                                   # from runs/sft, the embedded data
+    python train_reward.py --likelihood                      # what a tiny model needs to know right from wrong (README)
     python train_reward.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_reward.py --lora-rank 8 --lr 3e-3           # adapters beside frozen weights (lora.py); the head trains whole
 
@@ -35,11 +36,12 @@ CENTER = 2000   # the first so many training pairs: the mean reward of their cho
 class Config(runs.Config):
     out: str = "runs/reward"
     init: str = "runs/sft"
-    lr: float = 1e-3
+    lr: float = 5e-4
     warmup: int = 10
     eval_every: int = 50
     eval_samples: int = 400
     eval_answers: int = 0   # stays 0: a reward model gives no answers
+    likelihood: bool = False   # give the head the log-probability of the response, too: r = w h + a log pi(y|x)
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def rewards(cfg, model, autocast, tokens, which=("chosen", "rejected")):
     found = torch.zeros(len(which), len(tokens))
     for rows in data.in_order(tokens, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
         with autocast():
-            r = losses.batch_rewards(model, data.reward_pair_batch(tokens, rows, which).to(model.wte.weight.device))
+            r = losses.batch_rewards(model, data.reward_batch(tokens, rows, which).to(model.wte.weight.device))
         found[:, rows] = r.cpu().view(len(which), -1)
     model.train()
     return found
@@ -121,7 +123,7 @@ def main(cfg):
     longer, likelier = data.longer_wins(valid), sft_logps(cfg, model.eval(), autocast, valid)
 
     # ---- model -------------------------------------------------------------------------------------------------------
-    model = gpt.reward_model(model)
+    model = gpt.reward_model(model, cfg.likelihood)
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias)
 
@@ -138,7 +140,7 @@ def main(cfg):
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     def micro_batches(rows):
-        return [data.reward_pair_batch(train, r).to(device) for r in rows]
+        return [data.reward_batch(train, r).to(device) for r in rows]
 
     def micro_losses(batches):
         """(loss, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
@@ -195,7 +197,8 @@ def main(cfg):
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
                     tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(gpt.flops(model.config, b.lengths, 0, True, cfg.lora_rank) for b in batches),
+                    flops=sum(gpt.flops(model.config, b.lengths, cfg.likelihood * len(b.targets), True, cfg.lora_rank)
+                              for b in batches),
                     train_loss=train_loss, train_reward_accuracy=train_won, grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()

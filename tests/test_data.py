@@ -417,23 +417,25 @@ def test_sampled_answers():
     assert data.show(model, tokens, answers) == "Hello[ a a]\n\n world[ a]\n\n"
     assert data.show(model, tokens, answers, n=1) == "Hello[ a a]\n\n"
 
-def test_reward_batch_by_hand():
-    """Whole dialogues, end-of-text (9) too; the place is the last of each: 2 in the first row of four, 3 in the second. An answer
-    that ends with the padding's id, or holds end-of-text before its end, is read at its end."""
-    batch = data.reward_batch([[5, 6], [7]], [[9], [8, 9, 0]])
+def test_a_whole_dialogue_by_hand():
+    """End-of-text (9) is in it, and its place is the last of each: 2 in the first row of four, 3 in the second. An answer that
+    ends with the padding's id, or holds end-of-text before its end, is read at its end. What is scored, and where, is as ever."""
+    batch = data.collate([[5, 6], [7]], [[9], [8, 9, 0]], whole=True)
     assert batch.tokens.tolist() == [[5, 6, 9, 0], [7, 8, 9, 0]] and batch.lengths == [3, 4] and batch.responses == 2
-    assert batch.score_at.tolist() == [2, 7] and batch.targets.tolist() == [9, 0] and batch.owner.tolist() == [0, 1]
+    assert batch.score_at.tolist() == [1, 4, 5, 6] and batch.targets.tolist() == [9, 8, 9, 0]
+    assert batch.owner.tolist() == [0, 1, 1, 1]
     hidden = torch.arange(8).view(2, 4, 1)
-    assert batch.pick(hidden).flatten().tolist() == [2, 7]
+    assert batch.last(hidden).flatten().tolist() == [2, 7] and batch.pick(hidden).flatten().tolist() == [1, 4, 5, 6]
+    assert batch.to("cpu").ends.tolist() == [2, 7] and data.collate([[5, 6]], [[9]]).to("cpu").ends is None
 
 
-def test_reward_pair_batch_by_hand():
+def test_reward_batch_by_hand():
     """All chosen, then all rejected; or the chosen alone."""
     tokens = data.Tokens(np.array([1, 2, 3, 4, 5, 6, 7], dtype=np.uint16), np.array([[1, 3, 4], [5, 6, 7]]))
-    both = data.reward_pair_batch(tokens, [1, 0])
-    assert both.tokens.tolist() == [[5, 6, 0], [1, 2, 3], [5, 7, 0], [1, 4, 0]] and both.score_at.tolist() == [1, 5, 7, 10]
-    assert data.reward_pair_batch(tokens, [1, 0], ["chosen"]).tokens.tolist() == [[5, 6, 0], [1, 2, 3]]
-    assert data.reward_pair_batch(tokens, [0], ["rejected"]).tokens.tolist() == [[1, 4]]
+    both = data.reward_batch(tokens, [1, 0])
+    assert both.tokens.tolist() == [[5, 6, 0], [1, 2, 3], [5, 7, 0], [1, 4, 0]] and both.ends.tolist() == [1, 5, 7, 10]
+    assert data.reward_batch(tokens, [1, 0], ["chosen"]).tokens.tolist() == [[5, 6, 0], [1, 2, 3]]
+    assert data.reward_batch(tokens, [0], ["rejected"]).tokens.tolist() == [[1, 4]]
 
 
 # ---- properties: data sets -----------------------------------------------------------------------------------------------

@@ -494,6 +494,30 @@ def test_a_reward_model_starts_at_zero_on_the_very_weights(ours):
     assert all(p.requires_grad for p in model.parameters()) and model.config == ours.config
 
 
+def test_likelihood_is_one_more_input_of_the_head(ours):
+    """r = w h + a log pi - center."""
+    model, hidden, logps = gpt.reward_model(ours, likelihood=True), torch.randn(3, 24), torch.tensor([-5.0, -7.0, -100.0])
+    assert model.rewards(hidden, logps).tolist() == [0, 0, 0]
+    with torch.no_grad():
+        model.reward_head.weight[0, :24] = torch.arange(24)
+        model.reward_head.weight[0, 24] = 0.5
+        model.center.fill_(2)
+    torch.testing.assert_close(model.rewards(hidden, logps), hidden @ torch.arange(24.0) + 0.5 * logps - 2)
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_what_a_checkpoint_holds_says_whether_there_is_a_likelihood(ours, tmp_path, likelihood):
+    model = gpt.reward_model(ours, likelihood)
+    torch.nn.init.normal_(model.reward_head.weight)
+    write_checkpoint(tmp_path / "best.pt", {"model": model.state_dict(), "model_config": asdict(ours.config)})
+    again = load(str(tmp_path), kind=gpt.RewardModel)
+    assert again.likelihood is likelihood and torch.equal(again.reward_head.weight, model.reward_head.weight)
+    spoiled = model.state_dict() | {"reward_head.weight": torch.zeros(1, 30)}
+    write_checkpoint(tmp_path / "best.pt", {"model": spoiled, "model_config": asdict(ours.config)})
+    with pytest.raises(InputError, match=r"first reward_head.weight: expected shape \(1, 24\), found \(1, 30\)"):
+        load(str(tmp_path), kind=gpt.RewardModel)
+
+
 def test_rewards_stay_in_full_precision_under_autocast(ours):
     """bfloat16 has 8 bits: rewards near 100 that differ by 0.1 would be equal."""
     model, hidden = reward_on(ours), torch.randn(4, 24)

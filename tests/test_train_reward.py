@@ -169,10 +169,10 @@ def test_rewards_do_not_depend_on_padding_neighbours_or_batch_size(sft):
         alone = alone @ model.reward_head.weight[0]
         for size in (1, 3, 20):
             rows = [list(range(i, min(i + size, 20))) for i in range(0, 20, size)]
-            found = torch.cat([losses.batch_rewards(model, data.reward_batch([prompts[i] for i in r], [answers[i] for i in r]))
-                               for r in rows])
+            batches = [data.collate([prompts[i] for i in r], [answers[i] for i in r], whole=True) for r in rows]
+            found = torch.cat([losses.batch_rewards(model, batch) for batch in batches])
             torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
-        batch = data.reward_batch(prompts, answers)
+        batch = data.collate(prompts, answers, whole=True)
         for filler in (0, 2047, 7):   # more columns, of any token
             wider = torch.full((20, batch.tokens.size(1) + 9), filler)
             wider[:, :-9] = batch.tokens
@@ -181,7 +181,27 @@ def test_rewards_do_not_depend_on_padding_neighbours_or_batch_size(sft):
     assert alone.std() > 0.1
 
 
-@pytest.mark.parametrize("stop_at, extra", [(5, {}), (7, {"optimizer": "adamw-pma"}),
+def test_with_likelihood_they_do_not_either_and_equal_full_logits(sft):
+    """w h + a log pi(y|x), one dialogue at a time, from whole logits."""
+    model = gpt.reward_model(gpt.load(sft), likelihood=True).eval()
+    torch.nn.init.normal_(model.reward_head.weight, std=0.1)
+    model.reward_head.weight.data[0, -1] = 0.3
+    pairs = data.load_pairs("minihh", ("valid",))[0]["valid"][:12]
+    tokens, _ = data.tokenize(pairs, 2048, 512)
+    expected = []
+    with torch.no_grad():
+        for pair in pairs:
+            ids, n = whole_ids(pair, 1), len(data.tokenizer(2048).encode(pair.prompt))
+            logp, h = model(torch.tensor([ids]))[0].log_softmax(-1), model.hidden(torch.tensor([ids]))[0, -1]
+            logps = sum(logp[t - 1, ids[t]] for t in range(n, len(ids)))
+            expected.append(h @ model.reward_head.weight[0, :-1] + 0.3 * logps)
+        for size in (1, 5, 12):
+            found = torch.cat([losses.batch_rewards(model, data.reward_batch(tokens, range(i, min(i + size, 12)), ["chosen"]))
+                               for i in range(0, 12, size)])
+            torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stop_at, extra", [(5, {}), (7, {"likelihood": True}), (7, {"optimizer": "adamw-pma"}),
                                             (7, {"lora_rank": 2, "lora_dropout": 0.3, "lora_bias": "all"})])
 def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, few_for_the_centre, stop_at, extra):
     cfg = replace(TINY, init=sft, dropout=0.1, variance_every=3, keep_every=3, **extra)
@@ -200,10 +220,11 @@ def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, fe
     assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
 
 
-def test_lora_trains_the_head_whole(sft, tmp_path, no_pictures, few_for_the_centre, capsys):
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_lora_trains_the_head_whole(sft, tmp_path, no_pictures, few_for_the_centre, capsys, likelihood):
     """AdamW's state is two numbers for each of the adapters and the head; in last.pt all of them have moved."""
-    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), lora_rank=3))
-    trains = 3 * 2 * 16 * 128 + 128
+    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), lora_rank=3, likelihood=likelihood))
+    trains = 3 * 2 * 16 * 128 + 128 + likelihood
     assert f"trains {trains:,} of" in capsys.readouterr().out
     last = read_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert sum(t.numel() for t in last.values()) == trains and all(t.any() for t in last.values())
