@@ -2,11 +2,14 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = runs/demo
 
-demo: .venv/ready   ## SFT, DPO and the judging of both on the embedded data: about 2 minutes on 2 cores
+demo: .venv/ready   ## SFT, reward model, DPO, CDPO and the judging of all on the embedded data: about 4 minutes on 2 cores
 	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
+	$(BIN)/python train_reward.py --init $(DEMO)-sft --out $(DEMO)-reward --overwrite --likelihood
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite
-	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo --out $(DEMO)-eval
-	@echo "pictures: $(DEMO)-sft/loss.png $(DEMO)-sft/accuracy.png $(DEMO)-dpo/loss.png $(DEMO)-dpo/accuracy.png"
+	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-cdpo --overwrite --loss cdpo
+	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo,$(DEMO)-cdpo --judge $(DEMO)-reward --out $(DEMO)-eval
+	@echo "pictures: loss.png and accuracy.png in $(DEMO)-sft, -reward, -dpo and -cdpo, $(DEMO)-reward/calibration.png, $(DEMO)-eval/rewards.png"
+	@echo "talk to it: $(BIN)/python chat.py --model $(DEMO)-dpo"
 
 test: .venv/ready   ## ruff and the whole test suite, in two processes of one thread each
 	$(BIN)/ruff check .
@@ -20,6 +23,6 @@ test: .venv/ready   ## ruff and the whole test suite, in two processes of one th
 	touch $@
 
 clean:              ## the environment and the demo's runs
-	rm -rf .venv $(DEMO)-sft $(DEMO)-dpo $(DEMO)-eval
+	rm -rf .venv $(DEMO)-sft $(DEMO)-reward $(DEMO)-dpo $(DEMO)-cdpo $(DEMO)-eval
 
 .PHONY: demo test clean
