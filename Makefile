@@ -4,7 +4,7 @@ DEMO = runs/demo
 
 demo: .venv/ready   ## SFT, reward model, DPO, CDPO and the judging of all on the embedded data: about 4 minutes on 2 cores
 	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
-	$(BIN)/python train_reward.py --init $(DEMO)-sft --out $(DEMO)-reward --overwrite --likelihood
+	$(BIN)/python train_reward.py --init $(DEMO)-sft --out $(DEMO)-reward --overwrite
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-cdpo --overwrite --loss cdpo
 	$(BIN)/python eval_reward.py --models mini,$(DEMO)-sft,$(DEMO)-dpo,$(DEMO)-cdpo --judge $(DEMO)-reward --out $(DEMO)-eval

@@ -135,7 +135,7 @@ def calibration(events, config, path):
     left.plot([0.5, 1], [0.5, 1], color=BASELINE, linestyle="--", linewidth=1, label="as often as it says")
     for key, color, name in (("train_eval", CHOSEN, "training pairs, labels as they come"), ("val_reward", HELD_OUT, "held out")):
         said, share, low, high, _ = zip(*last[f"{key}_calibration"])
-        reach = [[s - a for s, a in zip(share, low)], [b - s for s, b in zip(share, high)]]
+        reach = [[max(0, s - a) for s, a in zip(share, low)], [max(0, b - s) for s, b in zip(share, high)]]   # 1 - 1e-16 at a 1
         left.errorbar(said, share, reach, fmt="o-", markersize=4, color=color, linewidth=1, elinewidth=0.8,
                       label=f"{name}: mean gap {last[f'{key}_calibration_error']:.3f}")
     left.set_ylim(0, 1.02)

@@ -2,7 +2,7 @@
 A reward model: GPT-2 with a scalar head learns from pairs which of two responses people prefer.
 
     python train_reward.py                                   # from runs/sft, the embedded data
-    python train_reward.py --likelihood                      # what a tiny model needs to know right from wrong (README)
+    python train_reward.py --head hidden                     # the textbook's head, for models of more than two layers
     python train_reward.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_reward.py --lora-rank 8 --lr 3e-3           # adapters beside frozen weights (lora.py); the head trains whole
 
@@ -11,11 +11,15 @@ says P(the chosen one is preferred) = sigmoid(r_w - r_l). The head starts at zer
 the loss is log 2; the script checks that. Only differences are learned; in best.pt the mean reward of chosen training responses
 is 0. One epoch is the rule, more overfits.
 
+By default the head reads one number more, the response's log-probability to this very model: r = w h + a log pi(y|x). It is what
+a tiny model needs to tell right from wrong (model.RewardModel says why; the README has figures).
+
 Simplified: one process, one GPU; the prompt of a pair runs twice.
 """
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -41,7 +45,7 @@ class Config(runs.Config):
     eval_every: int = 50
     eval_samples: int = 400
     eval_answers: int = 0   # stays 0: a reward model gives no answers
-    likelihood: bool = False   # give the head the log-probability of the response, too: r = w h + a log pi(y|x)
+    head: Literal["likelihood", "hidden"] = "likelihood"   # what it reads: hidden state and log-probability, or the first alone
 
 
 @torch.no_grad()
@@ -123,7 +127,7 @@ def main(cfg):
     longer, likelier = data.longer_wins(valid), sft_logps(cfg, model.eval(), autocast, valid)
 
     # ---- model -------------------------------------------------------------------------------------------------------
-    model = gpt.reward_model(model, cfg.likelihood)
+    model = gpt.reward_model(model, likelihood=cfg.head == "likelihood")
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias)
 
@@ -197,7 +201,7 @@ def main(cfg):
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
                     tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(gpt.flops(model.config, b.lengths, cfg.likelihood * len(b.targets), True, cfg.lora_rank)
+                    flops=sum(gpt.flops(model.config, b.lengths, model.likelihood * len(b.targets), True, cfg.lora_rank)
                               for b in batches),
                     train_loss=train_loss, train_reward_accuracy=train_won, grad_norm=sum(norms) / len(norms), lr=lr)
 

@@ -89,8 +89,9 @@ def test_dpo_pictures_show_these_numbers(tmp_path, drawn):
 REWARD = [{"step": step, "samples": 16 * step, "val_reward_loss": loss, "train_eval_loss": loss + 0.1,
            "val_reward_accuracy": right, "train_eval_accuracy": right - 0.1, "val_chosen_reward": loss,
            "val_rejected_reward": -loss, "val_margin": 2 * loss,
-           "val_reward_calibration": [[0.6, 0.5, 0.2, 0.8, 2], [0.9, 1.0, 0.4, 1.0, 2]], "val_reward_calibration_error": 0.1,
-           "train_eval_calibration": [[0.6, 0.4, 0.1, 0.7, 2]], "train_eval_calibration_error": 0.2,
+           "val_reward_calibration": [[0.6, 0.5, 0.2, 0.8, 2], [0.9, 1.0, 0.4, 1 - 1e-12, 2]],
+           "train_eval_calibration": [[0.6, 0.4, 0.1, 0.7, 2]], "val_reward_calibration_error": 0.1,
+           "train_eval_calibration_error": 0.2,
            "val_reward_margins": [0.5, 1.0, -0.2, 2.0], "train_eval_margins": [-1.0, 1.0]}
           for step, loss, right in ((0, 0.6931, 0.5), (1, 0.5, 0.75))]
 

@@ -23,7 +23,8 @@ import train_reward
 import train_sft
 from files import InputError, read_checkpoint
 
-TINY = train_reward.Config(steps=10, micro_batch=3, accumulate=2, eval_every=5, eval_samples=8, log_every=1, lr=1e-3, warmup=2)
+TINY = train_reward.Config(steps=10, micro_batch=3, accumulate=2, eval_every=5, eval_samples=8, log_every=1, lr=1e-3, warmup=2,
+                           head="hidden")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,9 @@ def test_counters_and_flops_by_hand(sft, tmp_path, no_pictures, few_for_the_cent
     lengths = [len(whole_ids(pairs[i], which)) for k in (0, 1) for i in order[k] for which in (1, 2)]
     assert final["tokens"] == sum(lengths)
     assert final["flops"] == 3 * sum(2 * 12 * 2 * 128 ** 2 * n + 4 * 2 * 128 * n * (n + 1) // 2 for n in lengths)
+    more = train_reward.main(replace(TINY, init=sft, steps=1, eval_every=1, head="likelihood", out=str(tmp_path / "more")))
+    scored = sum(len(encoding.encode(response)) + 1 for k in (0, 1) for i in order[k] for response in pairs[i][1:])
+    assert more["flops"] == final["flops"] + 3 * 2 * 2048 * 128 * scored
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def test_with_likelihood_they_do_not_either_and_equal_full_logits(sft):
             torch.testing.assert_close(found, torch.stack(expected), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("stop_at, extra", [(5, {}), (7, {"likelihood": True}), (7, {"optimizer": "adamw-pma"}),
+@pytest.mark.parametrize("stop_at, extra", [(5, {}), (7, {"head": "likelihood"}), (7, {"optimizer": "adamw-pma"}),
                                             (7, {"lora_rank": 2, "lora_dropout": 0.3, "lora_bias": "all"})])
 def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, few_for_the_centre, stop_at, extra):
     cfg = replace(TINY, init=sft, dropout=0.1, variance_every=3, keep_every=3, **extra)
@@ -220,11 +224,11 @@ def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, fe
     assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("likelihood", [False, True])
-def test_lora_trains_the_head_whole(sft, tmp_path, no_pictures, few_for_the_centre, capsys, likelihood):
+@pytest.mark.parametrize("head", ["hidden", "likelihood"])
+def test_lora_trains_the_head_whole(sft, tmp_path, no_pictures, few_for_the_centre, capsys, head):
     """AdamW's state is two numbers for each of the adapters and the head; in last.pt all of them have moved."""
-    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), lora_rank=3, likelihood=likelihood))
-    trains = 3 * 2 * 16 * 128 + 128 + likelihood
+    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), lora_rank=3, head=head))
+    trains = 3 * 2 * 16 * 128 + 128 + (head == "likelihood")
     assert f"trains {trains:,} of" in capsys.readouterr().out
     last = read_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert sum(t.numel() for t in last.values()) == trains and all(t.any() for t in last.values())
