@@ -61,7 +61,7 @@ def optim_steps(name="gpt2", rounds=25):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def generation(name, device, out, rounds, new=128):
+def generation(name, device, rounds, new=128):
     """Sampling at temperature 1 with our generate and with transformers', on the same random weights and prompts, in turns; and
     between them the memory: a plain sum over as many bytes as the weights have. The limit: each new token of all rows reads every
     matrix once (but one row of the positions') and the keys and values of all rows' past. The pass over the prompts counts in the
@@ -72,10 +72,10 @@ def generation(name, device, out, rounds, new=128):
     with tempfile.TemporaryDirectory() as folder:
         gpt.export(model, Path(folder) / "hf")
         theirs = transformers.GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").to(device).eval()
-    c, encoding = model.config, data.tokenizer(50257)
+    c, encoding, eot = model.config, data.tokenizer(model.config.vocab_size), model.config.vocab_size - 1
     prompts = [encoding.encode_ordinary(p) for p in eval_reward.read_prompts(HERE / "prompts.jsonl")[0][:8]]
     width = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), width), 50256), torch.zeros(len(prompts), width, dtype=torch.long)
+    ids, mask = torch.full((len(prompts), width), eot), torch.zeros(len(prompts), width, dtype=torch.long)
     for row, seen, prompt in zip(ids, mask, prompts):   # transformers pads on the left
         row[width - len(prompt):], seen[width - len(prompt):] = torch.tensor(prompt), 1
     ids, mask, memory = ids.to(device), mask.to(device), torch.randn(sum(p.numel() for p in model.parameters()), device=device)
@@ -85,7 +85,7 @@ def generation(name, device, out, rounds, new=128):
 
     def transformers_():
         return theirs.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new,
-                               min_new_tokens=new, pad_token_id=50256)[:, width:].numel()
+                               min_new_tokens=new, pad_token_id=eot)[:, width:].numel()
 
     def read():
         memory.sum()
@@ -103,22 +103,25 @@ def generation(name, device, out, rounds, new=128):
     weights = memory.nbytes - model.wpe.weight.nbytes
     past = sum(len(p) + t for p in prompts for t in range(new)) / new * 2 * c.n_layer * c.n_embd * 4   # bytes, mean over tokens
     limits = [len(prompts) * speed / (weights + past) for speed in rates[read]]
-    rows = {"ours": rates[ours], "transformers": rates[transformers_], "limit": limits}
-    rows |= {"ours / transformers": [a / b for a, b in zip(rates[ours], rates[transformers_])],
-             "ours / limit": [a / b for a, b in zip(rates[ours], limits)]}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    speeds = [speed / 1e9 for speed in rates[read]]
-    print(f"{where}, {torch.get_num_threads()} threads, {name}: {len(prompts)} prompts of {min(map(len, prompts))} to {width} "
-          f"tokens, {new} new ones, {rounds} rounds. The memory reads {statistics.median(speeds):.1f} GB/s [{min(speeds):.1f}, "
-          f"{max(speeds):.1f}]; a new token of all rows needs {(weights + past) / 1e6:.0f} MB.\n\n"
-          "| | median | range |\n| --- | --- | --- |")
-    for key, found in rows.items():
-        digits = 2 if "/" in key else 1
-        print(f"| {key}{'' if '/' in key else ', tokens/s'} | {statistics.median(found):.{digits}f} | {min(found):.{digits}f} to "
-              f"{max(found):.{digits}f} |")
-    if out:
-        Path(out).write_text(json.dumps({"what": "generate", "model": name, "machine": where, "rounds": rounds, "rows": rows,
-                                         "bytes_per_second": rates[read], "bytes_per_token": weights + past}, indent=1) + "\n")
+    return {"model": name, "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "threads": torch.get_num_threads(), "prompts": [len(p) for p in prompts], "new": new,
+            "bytes_per_token": weights + past, "memory": rates[read],
+            "tokens per second": {"ours": rates[ours], "transformers": rates[transformers_], "the memory's limit": limits},
+            "ratio": {"ours / transformers": [a / b for a, b in zip(rates[ours], rates[transformers_])],
+                      "ours / the memory's limit": [a / b for a, b in zip(rates[ours], limits)]}}
+
+
+def generation_table(found):
+    """What generation() found, as text for a terminal or a README."""
+    def middle(values, digits):
+        return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+    speeds, lengths = [speed / 1e9 for speed in found["memory"]], found["prompts"]
+    lines = [f"{found['machine']}, {found['threads']} threads, {found['model']}: {len(lengths)} prompts of {min(lengths)} to "
+             f"{max(lengths)} tokens, {found['new']} new ones each, {len(speeds)} rounds. The memory",
+             f"reads {middle(speeds, 1)} GB/s; a new token of all rows needs {found['bytes_per_token'] / 1e6:.0f} MB of it.", "",
+             "| | median [range] |", "| --- | --- |"]
+    lines += [f"| {key}, tokens/s | {middle(values, 1)} |" for key, values in found["tokens per second"].items()]
+    return "\n".join(lines + [f"| {key} | {middle(values, 2)} |" for key, values in found["ratio"].items()])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # in processes of their own, which take turns: each has its own peak memory, and the machine's drift hits all alike
@@ -265,14 +268,17 @@ def main(argv=None):
         optim_steps(cfg.model)
         return
     context = gpt.SIZES[cfg.model].block_size
-    if not 4 <= cfg.tokens <= context:   # three of four are prompt
+    if cfg.what in CASES and not 4 <= cfg.tokens <= context:   # three of four are prompt
         raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
     if cfg.rounds < 1:
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
     if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).parent.is_dir()):   # better now than after the work
         raise InputError(f"--out: expected a file's name in a folder that exists, found {cfg.out}")
     if cfg.what == "generate":
-        generation(cfg.model, cfg.device, cfg.out, cfg.rounds)
+        found = generation(cfg.model, cfg.device, cfg.rounds)
+        print(generation_table(found))
+        if cfg.out:
+            Path(cfg.out).write_text(json.dumps(found, indent=1) + "\n")
         return
     adapters_against_full(cfg.what, cfg.model, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
 

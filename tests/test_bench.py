@@ -106,9 +106,32 @@ def test_the_readme_has_the_measured_tables():
     readme = (HERE / "README.md").read_text()
     for name in ("cost-gpt2", "cost-dpo-gpt2-medium"):
         assert bench.table(json.loads((HERE / f"results/ranks/{name}.json").read_text())["rows"]) in readme, name
+    assert bench.generation_table(json.loads((HERE / "results/generate.json").read_text())) in readme
     rows = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["rows"]
     shares = " | ".join(f"{row['peak_bytes'] / 1e9:.2f} ({row['peak_share']:.2f})" for row in rows if row["bias"] == "none")
     assert f"| {shares} |\n| 002_..., table 2 |" in readme
+
+
+# ---- generation
+
+def test_generation_counts_what_was_made_and_what_must_be_read(monkeypatch, tmp_path, capsys):
+    """A clock that ticks once a call: each turn takes one second. mini's matrices are 724,480 numbers less 512 rows of positions;
+    a token's keys and values are 2 * 2 layers * 128 numbers."""
+    ticks = iter(range(10 ** 6))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(bench, "generation", lambda *arguments, real=bench.generation: real(*arguments, new=5))
+    bench.main(["generate", "--model", "mini", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path / "generate.json")])
+    found = json.loads((tmp_path / "generate.json").read_text())
+    lengths = found["prompts"]
+    assert len(lengths) == 8 and found["tokens per second"]["transformers"] == [40, 40] and found["memory"] == [4 * 724_480] * 2
+    assert 0 < max(found["tokens per second"]["ours"]) <= 40   # an answer may end by itself
+    past = (sum(lengths) + 8 * (0 + 1 + 2 + 3 + 4) / 5) * 2 * 2 * 128 * 4
+    assert found["bytes_per_token"] == 4 * (724_480 - 512 * 128) + past
+    limit = 8 * 4 * 724_480 / found["bytes_per_token"]
+    assert found["tokens per second"]["the memory's limit"] == pytest.approx([limit] * 2)
+    assert found["ratio"]["ours / transformers"] == [ours / 40 for ours in found["tokens per second"]["ours"]]
+    assert capsys.readouterr().out.strip() == bench.generation_table(found)
+    assert "| transformers, tokens/s | 40.0 [40.0, 40.0] |" in bench.generation_table(found)
 
 
 # ---- bad input
