@@ -40,6 +40,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
 
 
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])   # all but tab and newline: no model moves the cursor
+
+
 class Answer:
     """An answer that grows token by token: to be used as generate's `stop`. show(text) is given what is certain to belong to it,
     piece by piece: whole characters, no space at either end, and nothing that may still turn out to be a new human turn."""
@@ -50,7 +53,7 @@ class Answer:
 
     def token(self, ids):
         """Take the newest of these ids; whether the answer is over."""
-        self.text += self.bytes.decode(self.encoding.decode_single_token_bytes(ids[-1]))
+        self.text += self.bytes.decode(self.encoding.decode_single_token_bytes(ids[-1])).translate(CONTROLS)
         over = data.HUMAN in self.text
         self._show(self.text.partition(data.HUMAN)[0] if over else self._certain())
         return over
@@ -119,53 +122,66 @@ def side_by_side(names, texts, width):
 
 
 def respond(speakers, question, terminal):
-    """Answer on the screen: one model's as it comes, two models' side by side."""
+    """Answer on the screen: one model's as it comes, two models' side by side. Whether Ctrl-C ended it."""
     for speaker in speakers:   # a question that is too long for one of them is put to neither, and nothing is printed
         speaker.prompt(question)
     if len(speakers) == 1:
         print("\nAssistant: " if terminal else "", end="", flush=True)
-        _, stopped = speakers[0].answer(question, lambda text: print(text, end="", flush=True))
-        print(" [stopped]" if stopped else "", flush=True)   # a program at the other end of a pipe waits for the line's end
+        text, stopped = speakers[0].answer(question, lambda text: print(text, end="", flush=True))
+        print((" " * bool(text) + "[stopped]") * stopped, flush=True)   # flush: a pipe's other end waits for the end of the line
     else:
-        answers = []
+        answers, stopped = [], False
         for speaker in speakers:
-            text, stopped = speaker.answer(question)
-            answers.append(text + (" [stopped]" if stopped else ""))
+            text, stopped = speaker.answer(question) if not stopped else ("", True)   # one Ctrl-C stops both
+            answers.append(text + " [stopped]" * stopped)
         width = shutil.get_terminal_size().columns if terminal else 120
         print("\n" * terminal + side_by_side([speaker.name for speaker in speakers], answers, width), flush=True)
+    return stopped
+
+
+def validate(cfg):
+    for name, fits, expected in (("temperature", 0 <= cfg.temperature <= 100, "0 to 100"),
+                                 ("top_k", cfg.top_k >= 0, "at least 0"),
+                                 ("top_p", 0 < cfg.top_p <= 1, "a share above 0, at most 1"),
+                                 ("max_new_tokens", cfg.max_new_tokens >= 1, "at least 1"),
+                                 ("seed", 0 <= cfg.seed < 2 ** 63, "at least 0 and below 2^63"),
+                                 ("prompt", cfg.prompt is None or cfg.prompt.strip(), "a question")):
+        if not fits:
+            raise InputError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(cfg, name)!r}")
 
 
 def main(cfg):
-    for name, low, high in (("temperature", 0, 100), ("top_k", 0, 2 ** 31), ("top_p", 1e-9, 1), ("max_new_tokens", 1, 2 ** 31),
-                            ("seed", 0, 2 ** 63 - 1)):
-        if not low <= getattr(cfg, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')}: expected {low:g} to {high:g}, found {getattr(cfg, name)}")
+    validate(cfg)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character shows a ?
     device, autocast = runs.setup(cfg)
     speakers = [Speaker(cfg, name, device, autocast) for name in (cfg.model, cfg.versus) if name is not None]
     if cfg.prompt is not None:
         respond(speakers, cfg.prompt.strip(), False)
         return
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    lines, terminal = iter(sys.stdin or ()), sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        import readline   # noqa: F401   editing and history of what is typed; not there on Windows
+        import readline   # noqa: F401   editing and history of what is typed
         print(f"{' and '.join(speaker.name for speaker in speakers)} on {device}. /reset begins anew, /quit ends, Ctrl-C stops "
               "an answer.")
     while True:
         try:
-            question = (input("\nHuman: ") if terminal else next(sys.stdin)).strip()
+            question = (input("\nHuman: ") if terminal else next(lines)).strip()
             if question == "/quit":
-                break
+                return
             elif question == "/reset":
                 for speaker in speakers:
                     speaker.turns.clear()
                 print("a new dialogue" if terminal else "", end="\n" if terminal else "")
-            elif question:
-                respond(speakers, question, terminal)
+            elif question.startswith("/"):
+                raise InputError(f"no command {question}: expected /reset or /quit")
+            elif question and respond(speakers, question, terminal) and not terminal:
+                raise KeyboardInterrupt
         except (EOFError, StopIteration):
             break
         except UnicodeDecodeError as e:
             raise InputError(f"standard input: expected {e.encoding} text ({e.reason})") from None
-        except InputError as e:   # a question that is too long; the dialogue goes on
+        except InputError as e:   # the dialogue goes on
             print(f"error: {e}", file=sys.stderr)
         except KeyboardInterrupt:   # what is being typed is dropped
             if not terminal:

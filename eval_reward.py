@@ -21,6 +21,7 @@ Every answer with its reward is kept in generations.jsonl.
 import glob
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -286,12 +287,15 @@ def expand(patterns):
 
 
 def validate(cfg):
-    for name, low, high in (("limit", 2, 2 ** 31), ("max_new_tokens", 1, 2 ** 31), ("show", 0, 2 ** 31), ("seed", 0, 2 ** 63 - 1),
-                            ("top_p", 1e-9, 1)):
-        if not low <= getattr(cfg, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')}: expected {low:g} to {high:g}, found {getattr(cfg, name)}")
+    for name, low in (("limit", 2), ("max_new_tokens", 1), ("show", 0), ("seed", 0)):
+        if getattr(cfg, name) < low:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(cfg, name)}")
+    if cfg.seed >= 2 ** 63:
+        raise InputError(f"--seed: expected a number below 2^63, found {cfg.seed}")
+    if not 0 < cfg.top_p <= 1:
+        raise InputError(f"--top-p: expected a share above 0, at most 1, found {cfg.top_p}")
     if not all(0 <= t <= 100 for t in cfg.temperatures):
-        raise InputError(f"--temperatures: expected 0 to 100, found {cfg.temperatures}")
+        raise InputError(f"--temperatures: expected 0 to 100, found {', '.join(map(str, cfg.temperatures))}")
 
 
 def main(cfg):
@@ -318,8 +322,11 @@ def main(cfg):
     scores = {"judge": {"name": cfg.judge}, "own answers": {}, "models": {}, "against": {}}
     rewards, right, texts = {}, {}, {}   # by (model, mode)
     for name, (asked, answers) in own.items():
-        rewards[name, "data"], texts[name, "data"] = judge(asked, answers), [a.strip() for a in answers]
-        scores["own answers"][name] = describe(rewards[name, "data"], texts[name, "data"], groups if asked is prompts else None)
+        key, of_prompts = (name, "data"), asked is prompts
+        rewards[key], texts[key] = judge(asked, answers), [a.strip() for a in answers]
+        if examples and of_prompts:
+            right[key] = np.array([minihh.check(e, text) for e, text in zip(examples, texts[key])], dtype=float)
+        scores["own answers"][name] = describe(rewards[key], texts[key], groups if of_prompts else None, right.get(key))
     if pairs:
         tested = [(name, "data") for name in ("test, chosen", "test, rejected")]
         words = [len(text.split()) for key in tested for text in texts[key]]
@@ -445,8 +452,8 @@ def print_hacked(cfg, name, init, mode, prompts, texts, rewards, right):
     hacked = [i for i in np.argsort(-gain) if gain[i] > 0 and right[name, mode][i] < right[init, mode][i]]
     for i in hacked[:min(2, cfg.show)]:
         question = prompts[i].rpartition(data.HUMAN)[2].removesuffix(data.ASSISTANT).strip()
-        print(f"    right to wrong at a reward {gain[i]:+.2f} higher: {question!r} {texts[init, mode][i]!r} -> "
-              f"{texts[name, mode][i]!r}")
+        before, after = (textwrap.shorten(texts[who, mode][i], 80) for who in (init, name))
+        print(f"    right to wrong at a reward {gain[i]:+.2f} higher: {question!r} {before!r} -> {after!r}")
 
 
 if __name__ == "__main__":

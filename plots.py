@@ -139,7 +139,7 @@ def calibration(events, config, path):
         left.errorbar(said, share, reach, fmt="o-", markersize=4, color=color, linewidth=1, elinewidth=0.8,
                       label=f"{name}: mean gap {last[f'{key}_calibration_error']:.3f}")
     left.set_ylim(0, 1.02)
-    finish(left, "probability given to the preferred response, sigmoid |margin|", "share of pairs in which it is right (95 %)",
+    finish(left, "probability of the preferred response, sigmoid |margin|", "share of pairs in which it is right (95 %)",
            loc="lower right")
     margins = last["val_reward_margins"], last["train_eval_margins"]
     reach = max(map(abs, margins[0] + margins[1])) or 1
@@ -150,7 +150,7 @@ def calibration(events, config, path):
     right.hist(margins[1], edges, weights=weights[1], color=CHOSEN, histtype="step",
                label=f"training pairs: {last['train_eval_accuracy']:.3f}")
     right.axvline(0, color=BASELINE, linewidth=0.8)
-    finish(right, "margin: reward of the chosen minus reward of the rejected", "share of pairs", loc="upper left")
+    finish(right, "margin: chosen minus rejected reward", "share of pairs", loc="upper left")
     figure.suptitle(f"{title(config['flags'])}, step {last['step']}", fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -192,28 +192,32 @@ def accuracy(events, config, path):
 
 def reward_histograms(scores, rewards, modes, path):
     """How the judge's rewards are spread over each model's answers, a column a mode of sampling, and over the data's own. scores:
-    eval_reward's; rewards: {(model, mode): array}."""
+    eval_reward's; rewards: {(model, mode): array}. What lies far left of the rest (a random model's) is in the first bin."""
+    def quantile(values, q):
+        return sorted(values)[round(q * (len(values) - 1))]
     names = [*scores["models"], *scores["own answers"]]
-    figure, axes = canvas(len(modes), height=1 + 0.55 * len(names))
-    everything = sorted(x for values in rewards.values() for x in values)
-    cut = len(everything) // 500   # a few outliers would press the rest into one bin
-    low, high = everything[cut], everything[-1 - cut]
+    figure, axes = canvas(len(modes), height=1.2 + 0.5 * len(names))
+    high = max(quantile(values, 0.99) for values in rewards.values())
+    typical = statistics.median(quantile(values, 0.02) for values in rewards.values())
+    low = max(min(map(min, rewards.values())), typical - (high - typical))
+    high = high if high > low else low + 1   # all rewards equal
     edges = [low + (high - low) * i / 50 for i in range(51)]
     for axis, mode in zip(axes, modes):
         for row, name in enumerate(reversed(names)):
             own = name in scores["own answers"]
             found = scores["own answers"][name] if own else scores["models"][name][mode]
-            values = [min(max(x, low), high) for x in rewards[name, "data" if own else mode]]
+            values = rewards[name, "data" if own else mode]
             counts = [0] * 50
             for x in values:
-                counts[min(49, int(50 * (x - low) / ((high - low) or 1)))] += 1
+                counts[min(49, max(0, int(50 * (x - low) / (high - low))))] += 1
             color = BASELINE if own else HELD_OUT
-            top = [row + 0.85 * c / max(counts) for c in counts]
-            axis.stairs(top, edges, baseline=row, fill=True, color=color, alpha=0.35)
-            axis.plot([found["reward"]] * 2, [row, row + 0.85], color=color, linewidth=1.5)
-            axis.text(high, row + 0.5, f"{found['reward']:+.2f}", color=color, fontsize=8, ha="right")
+            axis.stairs([row + 0.85 * n / max(counts) for n in counts], edges, baseline=row, fill=True, color=color, alpha=0.35)
+            if low <= found["reward"] <= high:
+                axis.plot([found["reward"]] * 2, [row, row + 0.85], color=color, linewidth=1.5)
+            axis.annotate(f"{found['reward']:+.2f}", (1, row + 0.3), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                          textcoords="offset points", color=color, fontsize=8)
         axis.set_yticks([i + 0.3 for i in range(len(names))], list(reversed(names)), fontsize=8)
-        finish(axis, "reward of an answer; a line and its number: the mean", "", legend=False)
+        finish(axis, "reward of an answer; line: mean", "", legend=False)
         axis.set_title(mode, fontsize=10)
     n = next(iter(scores["models"].values()))[modes[0]]["n"]
     figure.suptitle(f"rewards by {scores['judge']['name']}, {n} prompts", fontsize=10)

@@ -135,8 +135,10 @@ def test_score_pictures_show_these_numbers(tmp_path, drawn):
     plots.reward_histograms(scores, rewards | {("test, chosen", "data"): [0.4, 0.6, 0.5]}, ["greedy"], tmp_path / "rewards.png")
     (axis,) = drawn[1].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["test, chosen", "a/step-9.pt", "a/step-5.pt", "mini"]
-    assert {text.get_text() for text in axis.texts} == {"-2.00", "-1.00", "+1.00", "+0.50"}
-    assert {(*line.get_xdata(),) for line in axis.get_lines()} == {(x, x) for x in (-2.0, -1.0, 1.0, 0.5)}
+    assert [text.get_text() for text in axis.texts] == ["+0.50", "+1.00", "-1.00", "-2.00"]
+    # mini lies too far left: no line of its mean, and all of it in the first bin
+    assert {(*line.get_xdata(),) for line in axis.get_lines()} == {(x, x) for x in (-1.0, 1.0, 0.5)}
+    assert axis.patches[-1].get_data().values[0] - axis.patches[-1].get_data().baseline == pytest.approx(0.85)
     assert (tmp_path / "steps.png").is_file() and (tmp_path / "rewards.png").is_file()
 
 
