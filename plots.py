@@ -220,7 +220,7 @@ def reward_histograms(scores, rewards, modes, path):
         finish(axis, "reward of an answer; line: mean", "", legend=False)
         axis.set_title(mode, fontsize=10)
     n = next(iter(scores["models"].values()))[modes[0]]["n"]
-    figure.suptitle(f"rewards by {scores['judge']['name']}, {n} prompts", fontsize=10)
+    figure.suptitle(f"rewards by {Path(scores['judge']['name']).name}, {n} prompts", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -242,7 +242,12 @@ def score_over_steps(scores, curves, modes, path):
     levels = {name: score[modes[0]] for name, score in scores["models"].items() if id(score) not in on_curves}
     for (name, row), style in zip({**levels, **scores["own answers"]}.items(), ("--", (0, (1, 1)), (0, (3, 1, 1, 1))) * 9):
         axes[0].axhline(row["reward"], color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {row['reward']:+.2f}")
-    finish(axes[0], "step of training", f"mean reward by {scores['judge']['name']} (95 %)")
+    every = [score[mode]["reward"] for points in curves.values() for _, score in points for mode in modes]
+    typical, cut = statistics.median(every), axes[0].get_ylim()[0]
+    cut = max(cut, typical - 5 * (max(every) - typical))   # a random start would press the rest flat
+    axes[0].set_ylim(cut, max(every) + 0.1 * (max(every) - cut))
+    below = ", cut below" if min(every) < cut else ""
+    finish(axes[0], "step of training", f"mean reward by {Path(scores['judge']['name']).name} (95 %{below})", loc="lower right")
     if known:
         axes[1].set_ylim(0, 1)
         finish(axes[1], "step of training", "share of right answers, by the checkers")
