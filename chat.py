@@ -152,12 +152,11 @@ def validate(cfg):
 
 def main(cfg):
     validate(cfg)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character shows a ?
     device, autocast = runs.setup(cfg)
     speakers = [Speaker(cfg, name, device, autocast) for name in (cfg.model, cfg.versus) if name is not None]
     if cfg.prompt is not None:
-        respond(speakers, cfg.prompt.strip(), False)
+        if respond(speakers, cfg.prompt.strip(), False):
+            raise KeyboardInterrupt
         return
     lines, terminal = iter(sys.stdin or ()), sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:

@@ -328,7 +328,7 @@ def cut_prompt(prompt, room, turn):
 class Batch:
     """What one forward pass takes, and where it is scored. Row score_at[i] of the flattened hidden states (R * T, C)
     predicts targets[i], a token of response owner[i]. With pairs, responses 0..B-1 are the chosen, B..2B-1 the rejected ones."""
-    tokens: torch.Tensor     # (R, T) right-padded ids; a sequence's last token is only ever a target
+    tokens: torch.Tensor     # (R, T) right-padded ids; a sequence's last token is a target only, but for a reward model
     score_at: torch.Tensor   # (S,)
     targets: torch.Tensor    # (S,)
     owner: torch.Tensor      # (S,)

@@ -19,10 +19,13 @@ right (minihh.check), and the table says where the judge and the truth disagree.
 Every answer with its reward is kept in generations.jsonl.
 """
 import glob
+import itertools
 import json
+import os
 import re
 import textwrap
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +50,7 @@ class Config:
     judge: str = "runs/reward"                                    # a reward model's run, dpo[:RUN] or deberta[:FOLDER]
     data: str = "minihh"                                          # as in training; the test split of it
     prompts: str | None = None                                    # a .jsonl file of prompts, in the place of --data
-    limit: int = 1000                                             # prompts at most
+    limit: int = 1000                                             # at most so many prompts, pairs and answers of the data's own
     temperatures: tuple[float, ...] = (0.0, 1.0)                  # of the answers, with commas between; 0 is greedy
     top_p: float = 1.0                                            # sample among the likeliest tokens of this much probability
     max_new_tokens: int = 48                                      # per answer
@@ -75,6 +78,20 @@ def each(tokens, rows_to_values):
     for rows in data.in_order(tokens, 32):
         found[rows] = rows_to_values(rows).float().cpu().numpy()
     return found
+
+
+def once(judge):
+    """The judge, with every answer to a prompt judged once: equal answers have equal rewards to the bit, whoever gives them. A
+    matrix product is not the same in another batch."""
+    known = {}
+
+    def remembering(prompts, answers):
+        keys = [(prompt, answer.strip()) for prompt, answer in zip(prompts, answers)]
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        if new:
+            known.update(zip(new, judge(*zip(*new)).tolist()))
+        return np.array([known[key] for key in keys])
+    return remembering
 
 
 def reward_judge(name, device, autocast):
@@ -113,7 +130,7 @@ def deberta_judge(where, device):
         raise InputError("--judge deberta needs more packages: pip install transformers sentencepiece protobuf") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, truncation_side="left")   # the end of a long dialogue matters most
-        model = AutoModelForSequenceClassification.from_pretrained(where, torch_dtype=torch.float32).to(device).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(where).float().to(device).eval()
     except (OSError, ValueError, ImportError) as e:   # no network, not such a model, a tokenizer that wants sentencepiece
         raise InputError(f"--judge deberta: {where} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
     if model.config.num_labels != 1:
@@ -136,20 +153,20 @@ def deberta_judge(where, device):
 def load_judge(spec, device, autocast):
     kind, _, where = spec.partition(":")
     if kind == "deberta":
-        return deberta_judge(where or DEBERTA, device)
+        return once(deberta_judge(where or DEBERTA, device))
     if kind == "dpo":
-        return dpo_judge(where or "runs/dpo", device, autocast)
+        return once(dpo_judge(where or "runs/dpo", device, autocast))
     if not Path(spec).exists():
         raise InputError(f"--judge: no reward model {spec!r}: train_reward.py makes one; other judges are dpo[:RUN] and "
                          "deberta[:FOLDER]")
-    return reward_judge(spec, device, autocast)
+    return once(reward_judge(spec, device, autocast))
 
 
 def run_config(name):
     """The config.json of a run folder or of the folder of a checkpoint; {} for what is not a run of ours."""
     path = (Path(name).parent if Path(name).is_file() else Path(name)) / "config.json"
     found = read_json(path) if path.is_file() else {}
-    return found if "flags" in found else {}
+    return found if isinstance(found.get("flags"), dict) else {}
 
 
 def load_reference(name):
@@ -178,9 +195,13 @@ def read_prompts(path):
                 continue
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
                 raise InputError(f'{path}:{n}: expected the key "prompt" with a text, found {line.strip()[:60]!r}')
-            text = row["prompt"]
-            prompts.append(text if text.startswith(data.HUMAN) and text.endswith(data.ASSISTANT) else
-                           f"{data.HUMAN} {text.strip()}{data.ASSISTANT}")
+            text = row["prompt"].rstrip()
+            if not (text.startswith(data.HUMAN) and text.endswith(data.ASSISTANT)):
+                if data.HUMAN in text or data.ASSISTANT in text:
+                    raise InputError(f'{path}:{n}: expected a question, or a dialogue from "\\n\\nHuman:" to "\\n\\nAssistant:", '
+                                     f"found {text[:60]!r}")
+                text = f"{data.HUMAN} {text.strip()}{data.ASSISTANT}"
+            prompts.append(text)
             topics.append(str(row.get("topic", "")))
     if not prompts:
         raise InputError(f"{path}: no prompts in it")
@@ -223,12 +244,17 @@ def as_text(model, ids):
 # ----------------------------------------------------------------------------------------------------------------------
 # numbers
 
-def bootstrap(values, samples=2000):
-    """The 95 % interval of a mean: the middle of the means of `samples` draws of as many values, with replacement. The same draws
-    for any values of the same number, so that differences pair."""
-    n = len(values)
-    counts = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=samples)   # how often each value is drawn
-    return [float(x) for x in np.quantile(counts @ np.asarray(values, dtype=float) / n, (0.025, 0.975))]
+@lru_cache(maxsize=2)
+def draws(n, samples=2000):
+    """How often each of n values is drawn in `samples` draws of n with replacement, (samples, n)."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.multinomial(n, [1 / n] * n, size=100).astype(np.float32) for _ in range(samples // 100)])
+
+
+def bootstrap(values):
+    """The 95 % interval of a mean: the middle of the means of many draws. The same draws for any values of the same number."""
+    means = draws(len(values)) @ np.asarray(values, dtype=np.float64) / len(values)
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
 def by_group(values, names):
@@ -259,18 +285,60 @@ def against(rewards, other_rewards, right=None, other_right=None):
     return found
 
 
-def pair_accuracy(judge, pairs, examples):
-    """How often a judge ranks the test pairs right, with the interval for that many, and by group, skill and flaw."""
-    prompts, chosen, rejected = zip(*pairs)
-    margins = judge(prompts, chosen) - judge(prompts, rejected)
-    won = np.where(margins == 0, 0.5, margins > 0)
-    found = {"n": len(pairs), "accuracy": float(won.mean()), "interval": data.interval(float(won.mean()), len(won))}
+def mirrored(found):
+    """The same duel seen from the other side."""
+    def back(key, value):
+        if key in ("decided", "judge_agrees"):
+            return value
+        whole = 1 if key.startswith("win_rate") else 0
+        return [whole - x for x in reversed(value)] if isinstance(value, list) else whole - value
+    return {key: back(key, value) for key, value in found.items()}
+
+
+def ranked(won, examples):
+    """Of test pairs that were won (1), lost (0) or tied (1/2): the share, with the interval for that many, and by group, skill
+    and flaw."""
+    found = {"n": len(won), "accuracy": float(won.mean()), "interval": data.interval(float(won.mean()), len(won))}
     for by, names in () if examples is None else (("group", [minihh.GROUPS[e.skill] for e in examples]),
                                                   ("skill", [e.skill for e in examples]), ("flaw", [e.flaw for e in examples])):
         found[f"by_{by}"] = by_group(won, names)
     return found
 
+def pair_accuracy(judge, pairs, examples):
+    """How often a judge ranks the test pairs right."""
+    prompts, chosen, rejected = zip(*pairs)
+    margins = judge(prompts, chosen) - judge(prompts, rejected)
+    return ranked(np.where(margins == 0, 0.5, margins > 0), examples)
+
+
+@torch.no_grad()
+def implicit_accuracy(name, pairs, examples, device, autocast):
+    """How often a DPO run's implicit reward ranks the test pairs right, as its own evaluation counts (losses.reward_wins); beside
+    it the log-probabilities of the run, and those of its start, a baseline."""
+    models = [model.to(device).eval() for model in (gpt.load(name), load_reference(name))]
+    tokens, _ = data.tokenize(pairs, models[0].config.vocab_size, models[0].config.block_size)
+    logps = torch.zeros(4, len(tokens))   # chosen and rejected, of the policy and of the reference
+    with autocast():
+        for rows in data.in_order(tokens, 32):
+            batch = data.pair_batch(tokens, rows).to(device)
+            logps[:, rows] = torch.cat([losses.batch_logps(model, batch).float() for model in models]).cpu().view(4, -1)
+        won = losses.reward_wins(*logps)
+    return {**ranked(won.numpy(), examples), "logp_accuracy": float(losses.wins(*logps[:2]).mean()),
+            "init_logp_accuracy": float(losses.wins(*logps[2:]).mean())}
+
 # ----------------------------------------------------------------------------------------------------------------------
+
+def check_models(names, configs):
+    """What can be found wrong before the first answer: no such model, a reward model, a DPO run's reference that has changed."""
+    for name in names:
+        path = Path(name)
+        held = path.is_file() or any((path / f).is_file() for f in ("best.pt", "model.safetensors", "pytorch_model.bin"))
+        if not (held or name in gpt.SIZES or name.startswith("hf:")) or configs[name].get("script") == "train_reward.py":
+            gpt.load(name)   # says what is wrong
+    for name in {str(Path(name).parent if Path(name).is_file() else name) for name in names}:
+        if "beta" in run_config(name).get("flags", {}):
+            load_reference(name)
+
 
 def expand(patterns):
     """The names of the models: a pattern with a * becomes the paths that it fits, step-20 before step-100."""
@@ -287,7 +355,7 @@ def expand(patterns):
 
 
 def validate(cfg):
-    for name, low in (("limit", 2), ("max_new_tokens", 1), ("show", 0), ("seed", 0)):
+    for name, low in (("limit", 1), ("max_new_tokens", 1), ("show", 0), ("seed", 0)):
         if getattr(cfg, name) < low:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {low}, found {getattr(cfg, name)}")
     if cfg.seed >= 2 ** 63:
@@ -303,6 +371,11 @@ def main(cfg):
     device, autocast = runs.setup(cfg)
     names = expand(cfg.models)
     configs = {name: run_config(name) for name in names}
+    modes = {("greedy" if t == 0 else f"temperature {t:.9g}"): t for t in cfg.temperatures}
+    out, paths = Path(cfg.out), {os.path.abspath(name): name for name in names if Path(name).exists()}
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: expected a folder, found a file")
+    check_models(names, configs)
     judge = load_judge(cfg.judge, device, autocast)
 
     # ---- prompts, and the data set's own answers -------------------------------------------------------------------
@@ -311,7 +384,8 @@ def main(cfg):
         prompts, groups = (x[:cfg.limit] for x in read_prompts(cfg.prompts))
     else:
         found, _ = data.load_pairs(cfg.data, ("test", "train"))
-        pairs, train = (found[split][:cfg.limit] for split in ("test", "train"))
+        pairs = found["test"][:cfg.limit]
+        train = found["train"][:len(pairs)]   # as many: distinct-n falls with the number of answers
         prompts, groups = [p.prompt for p in pairs], None
         own = {"test, chosen": (prompts, [p.chosen for p in pairs]), "test, rejected": (prompts, [p.rejected for p in pairs]),
                "training, chosen": ([p.prompt for p in train], [p.chosen for p in train])}
@@ -330,16 +404,18 @@ def main(cfg):
     if pairs:
         tested = [(name, "data") for name in ("test, chosen", "test, rejected")]
         words = [len(text.split()) for key in tested for text in texts[key]]
-        correlation = np.corrcoef(words, np.concatenate([rewards[key] for key in tested]))[0, 1]
-        scores["judge"] |= {**pair_accuracy(judge, pairs, examples), "correlation_with_words": float(correlation),
-                            "longer_wins": data.longer_wins(data.encode(pairs, 50257, 2 ** 20)[0])}
+        both = np.concatenate([rewards[key] for key in tested])
+        correlation = float(np.corrcoef(words, both)[0, 1]) if np.ptp(words) and np.ptp(both) else 0.0
+        scores["judge"] |= {**pair_accuracy(judge, pairs, examples), "correlation_with_words": correlation}
 
     # ---- the models' answers ------------------------------------------------------------------------------------------
-    modes = {("greedy" if t == 0 else f"temperature {t:g}"): t for t in cfg.temperatures}
     for name in names:
         model = gpt.load(name).to(device).eval()
         ids = encode_prompts(cfg, model, name, prompts)
-        score = scores["models"][name] = {"init": configs[name].get("flags", {}).get("init")}
+        if pairs and name == names[0]:   # in tokens
+            scores["judge"]["longer_wins"] = data.longer_wins(data.encode(pairs, model.config.vocab_size, 2 ** 20)[0])
+        init = configs[name].get("flags", {}).get("init")
+        score = scores["models"][name] = {"init": paths.get(os.path.abspath(init), init) if init else None}
         for mode, temperature in modes.items():
             with autocast():
                 texts[name, mode] = [as_text(model, a) for a in answer(cfg, model, ids, temperature)]
@@ -349,13 +425,14 @@ def main(cfg):
             score[mode] = describe(rewards[name, mode], texts[name, mode], groups, right.get((name, mode)))
         del model
         if pairs and "beta" in configs[name].get("flags", ()):   # its implicit reward on the test pairs
-            score["pairs"] = pair_accuracy(dpo_judge(name, device, autocast), pairs, examples)
+            score["pairs"] = implicit_accuracy(name, pairs, examples, device, autocast)
     for mode in modes:
-        scores["against"][mode] = {a: {b: against(rewards[a, mode], rewards[b, mode], right.get((a, mode)), right.get((b, mode)))
-                                       for b in names if b != a} for a in names}
+        duels = scores["against"][mode] = {name: {} for name in names}
+        for a, b in itertools.combinations(names, 2):
+            duels[a][b] = against(rewards[a, mode], rewards[b, mode], right.get((a, mode)), right.get((b, mode)))
+            duels[b][a] = mirrored(duels[a][b])
 
     # ---- files, pictures, tables -------------------------------------------------------------------------------------
-    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     for old in ("rewards.png", "steps.png"):
         (out / old).unlink(missing_ok=True)
@@ -432,7 +509,7 @@ def report(cfg, scores, prompts, texts, rewards, right, modes):
         if "pairs" in score:
             p = score["pairs"]
             print(f"{name}: implicit reward's accuracy on the test pairs {p['accuracy']:.3f} [{p['interval'][0]:.3f}, "
-                  f"{p['interval'][1]:.3f}]")
+                  f"{p['interval'][1]:.3f}]; log-prob of {score['init']} {p['init_logp_accuracy']:.3f}")
             print_groups(p)
 
 

@@ -188,6 +188,8 @@ def load_adapter(model, path):
     tensors = saved["adapter"] if isinstance(saved["adapter"], dict) else {}
     if ("reward_head.weight" in tensors) != hasattr(model, "reward_head"):
         raise InputError(f"{path}: expected the adapter of a {'reward' if hasattr(model, 'reward_head') else 'language'} model")
+    if hasattr(model, "reward_head") and tensors["reward_head.weight"].shape != model.reward_head.weight.shape:
+        raise InputError(f"{path}: its reward head reads something else than the model's (--head)")
     base_sha256 = fingerprint(model.state_dict())
     if saved["base_sha256"] != base_sha256:
         raise InputError(f"{path} belongs to another base: these weights do not have the SHA-256 of those that it was trained on")

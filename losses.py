@@ -3,8 +3,7 @@ From hidden states to losses. Pure functions on tensors: no model, no config, no
 
 Everything starts at one function, token_logps: the log-probability of each target given its hidden state. It meets only the
 rows that are scored, a chunk of them at a time, and computes each chunk's logits again in the backward pass, so that a
-matrix of (tokens, 50257) never exists as a whole. SFT, DPO and CDPO are a few lines on top of it; a reward model needs no
-vocabulary.
+matrix of (tokens, 50257) never exists as a whole. SFT, DPO and CDPO are a few lines on top of it.
 
 Shapes: S scored positions, C channels, V vocabulary, B pairs. `owner` (S,) says which of the 2B responses a position belongs
 to; the B chosen ones come first, then the B rejected ones. "logp" is of a token, "logps" of a whole response.

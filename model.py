@@ -159,11 +159,12 @@ class GPT(nn.Module):
 
 
 class RewardModel(GPT):
-    """GPT-2 that scores a dialogue: a linear head n_embd -> 1 in the place of the vocabulary's, read at the dialogue's last token
-    (FORMULAS.md section 5). It starts at zero. Only differences of rewards are learned; `center` says where zero is.
+    """GPT-2 that scores a dialogue: a linear head n_embd -> 1, read at the dialogue's last token (FORMULAS.md section 5). It
+    starts at zero. Only differences of rewards are learned; `center` says where zero is.
 
-    likelihood: the head has one more input, the log-probability of the response to this very model: r = w h + a log pi(y|x). What
-    a model of two layers knows of the answer stands in its last layer, and behind that nothing can compare it to what was said.
+    likelihood: not the textbook's, the head has one input more, the log-probability of the response to this very model: r = w h +
+    a log pi(y|x). What a model of two layers knows of the answer stands in its last layer, and behind that nothing can compare it
+    with what was said.
     """
 
     def __init__(self, config, likelihood=False):
@@ -248,7 +249,7 @@ class KVCache:
 
 def sample(logits, temperature, top_k, top_p, generator):
     """logits (B, V) -> token ids (B,). top_k keeps the k likeliest, top_p the fewest that hold that much probability."""
-    if temperature == 0:
+    if temperature < 1e-6:   # below it fp32 has no room for the differences
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:
@@ -257,7 +258,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     if top_p and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)   # probability of everything likelier
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, (before >= top_p) & (before > 0))
         logits = logits.masked_fill(drop, -math.inf)
     cdf = logits.softmax(-1).cumsum(-1)   # one uniform number a row; torch.multinomial draws V of them
     u = torch.rand(len(cdf), 1, generator=generator, device=cdf.device) * cdf[:, -1:]
@@ -365,6 +366,8 @@ def load(name, dropout=0.0, block_size=None, kind=GPT):
     if block_size is not None and not 0 < block_size <= config.block_size:
         raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
     cut = replace(config, dropout=dropout, block_size=block_size or config.block_size)
+    if kind is RewardModel and "center" not in state:
+        raise InputError(f"{name} holds what a run trains, and no centre: give the run's folder, or a step-N.pt")
     if state is None:
         return GPT(cut)
     wpe = state.get("wpe.weight")

@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
 TRAIN, HELD_OUT, CHOSEN, REJECTED, BASELINE = "#9aa5b1", "#1f5fa8", "#2a8f5b", "#c8553d", "#555555"
 EVALUATED = ("val_loss", "val_reward_loss", "val_dpo_loss")   # one of them is in every evaluation of a run
+LEVELS = ("--", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2)), (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))   # lines of fixed scores
 COLORS = {
     "sgd": "#8c8c8c", "momentum": "#8a5a3b", "nesterov": "#c49a6c", "adam": "#7fb2e5", "adamw": "#1f5fa8",
     "adamw-noaccum": "#6a3d9a", "adamw-pma-schedule": "#b39ddb", "adamw-pma": "#d62728", "adamw-pma-norescale": "#f4a6a0",
@@ -133,7 +134,7 @@ def calibration(events, config, path):
     last = [e for e in events if "val_reward_calibration" in e][-1]
     figure, (left, right) = canvas(2)
     left.plot([0.5, 1], [0.5, 1], color=BASELINE, linestyle="--", linewidth=1, label="as often as it says")
-    for key, color, name in (("train_eval", CHOSEN, "training pairs, labels as they come"), ("val_reward", HELD_OUT, "held out")):
+    for key, color, name in (("train_eval", CHOSEN, "training pairs, in-sample"), ("val_reward", HELD_OUT, "held out")):
         said, share, low, high, _ = zip(*last[f"{key}_calibration"])
         reach = [[max(0, s - a) for s, a in zip(share, low)], [max(0, b - s) for s, b in zip(share, high)]]   # 1 - 1e-16 at a 1
         left.errorbar(said, share, reach, fmt="o-", markersize=4, color=color, linewidth=1, elinewidth=0.8,
@@ -240,13 +241,14 @@ def score_over_steps(scores, curves, modes, path):
                 axis.plot(steps, [row[key] for row in rows], style, marker=".", color=color, label=f"{Path(run).name}, {mode}")
     on_curves = {id(score) for points in curves.values() for _, score in points}
     levels = {name: score[modes[0]] for name, score in scores["models"].items() if id(score) not in on_curves}
-    for (name, row), style in zip({**levels, **scores["own answers"]}.items(), ("--", (0, (1, 1)), (0, (3, 1, 1, 1))) * 9):
+    for (name, row), style in zip({**levels, **scores["own answers"]}.items(), LEVELS * 9):
         axes[0].axhline(row["reward"], color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {row['reward']:+.2f}")
     every = [score[mode]["reward"] for points in curves.values() for _, score in points for mode in modes]
-    typical, cut = statistics.median(every), axes[0].get_ylim()[0]
-    cut = max(cut, typical - 5 * (max(every) - typical))   # a random start would press the rest flat
-    axes[0].set_ylim(cut, max(every) + 0.1 * (max(every) - cut))
-    below = ", cut below" if min(every) < cut else ""
+    typical, top = statistics.median(every), max(*every, *(row["reward"] for row in scores["own answers"].values()))
+    cut = typical - 5 * (top - typical)   # a random start would press the rest flat
+    below = ", cut below" if min(every) < cut < typical else ""
+    if below:
+        axes[0].set_ylim(cut, top + 0.1 * (top - cut))
     finish(axes[0], "step of training", f"mean reward by {Path(scores['judge']['name']).name} (95 %{below})", loc="lower right")
     if known:
         axes[1].set_ylim(0, 1)

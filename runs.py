@@ -153,6 +153,9 @@ def validate(cfg):
 
 def command_line(main, Config):
     """Run main(cfg) as a program: exit status 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
     try:
         main(parse(Config))
     except InputError as e:

@@ -66,7 +66,10 @@ def generation(name, device, rounds, new=128):
     between them the memory: a plain sum over as many bytes as the weights have. The limit: each new token of all rows reads every
     matrix once (but one row of the positions') and the keys and values of all rows' past. The pass over the prompts counts in the
     time of both sides, and the limit leaves it out."""
-    import transformers   # an oracle, not needed to run what is measured
+    try:
+        import transformers   # an oracle, not needed to run what is measured
+    except ImportError:
+        raise InputError("generate is measured against transformers: pip install -r requirements-dev.txt") from None
     device, autocast = runs.setup(runs.Config(device=device))
     model = gpt.GPT(gpt.SIZES[name]).to(device).eval()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ import plots
 
 IMMATERIAL = ("seed", "out", "overwrite", "resume", "stop_at", "device", "variance_every", "eval_answers", "log_every",
               "save_every", "keep_every")   # flags that do not change a curve, but for the seed
+LOSSES = {"val_loss": "loss", "val_reward_loss": "reward loss", "val_dpo_loss": "DPO loss"}
 COSTS = {"samples": "examples seen", "updates": "updates of the weights", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
@@ -72,7 +73,7 @@ def speedup(baseline, candidate, share=1.0):
 
 
 def loss_key(events):
-    return "val_dpo_loss" if any("val_dpo_loss" in e for e in events) else "val_loss"
+    return next(key for key in plots.EVALUATED if any(key in e for e in events))
 
 
 def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
@@ -117,7 +118,7 @@ def compare(labelled, baseline, folder, xs=("samples",), title="", noisy=None):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(ScalarFormatter())
-        plots.finish(axis, COSTS[x], f"held-out {'DPO loss' if key == 'val_dpo_loss' else 'loss'} (log axis)")
+        plots.finish(axis, COSTS[x], f"held-out {LOSSES[key]} (log axis)")
     axes[0].set_title(f"{title}mean and range over seeds", fontsize=10)
     figure.savefig(folder / "compare.png", dpi=110)
     probed = {label: found for label, runs in labelled.items() if (noisy is None or label in noisy)

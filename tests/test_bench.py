@@ -3,9 +3,11 @@ studies/bench.py: what is timed is what it says, and the table adds up. No time 
 
     python -m pytest -q tests/test_bench.py
 """
+import itertools
 import json
 import multiprocessing
 import re
+import sys
 
 import pytest
 import torch
@@ -134,6 +136,14 @@ def test_generation_counts_what_was_made_and_what_must_be_read(monkeypatch, tmp_
     assert "| transformers, tokens/s | 40.0 [40.0, 40.0] |" in bench.generation_table(found)
 
 
+def test_every_table_of_the_readme_has_as_many_cells_as_its_header():
+    lines = (HERE / "README.md").read_text().splitlines()
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|( --- \|)+", line):
+            for row in [lines[i - 1], *itertools.takewhile(lambda row: row.startswith("|"), lines[i + 1:])]:
+                assert row.count("|") == line.count("|"), row
+
+
 # ---- bad input
 
 def dies(*_):
@@ -153,6 +163,12 @@ def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
     with pytest.raises(InputError, match=f"^{re.escape(named)}") as e:
         bench.main(flags)
     assert "\n" not in str(e.value)
+
+
+def test_generate_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="generate is measured against transformers: pip install"):
+        bench.main(["generate", "--model", "mini"])
 
 
 def test_a_process_that_runs_out_of_memory_is_one_line(capfd):

@@ -106,6 +106,16 @@ def test_runs_are_grouped_by_what_differs(tmp_path):
         compare.compare(compare.grouped(runs), "adamw", tmp_path / "out")
 
 
+def test_reward_models_compare_by_their_loss(tmp_path, drawn):
+    for seed in (1, 2):
+        folder(tmp_path / f"r{seed}", [{"step": 0, "samples": 0, "updates": 0, "flops": 0, "seconds": 0, "val_reward_loss": 0.69},
+                                       {"step": 1, "samples": 8, "updates": 1, "flops": 9, "seconds": 1, "val_reward_loss": 0.5}],
+               optimizer="lion", seed=seed)
+    table = compare.compare(compare.grouped([plots.read(tmp_path / f"r{seed}") for seed in (1, 2)]), "lion", tmp_path / "out")
+    assert table["loss"] == "val_reward_loss" and table["runs"]["lion"]["lowest"] == [0.5, 0.5]
+    assert drawn[0].axes[0].get_ylabel() == "held-out reward loss (log axis)"
+
+
 def test_runs_that_do_not_compare_are_refused(tmp_path):
     def grouped(**other):
         return compare.grouped([plots.read(folder(tmp_path / str(i), run([4, 3]), **flags))

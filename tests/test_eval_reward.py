@@ -80,6 +80,9 @@ def test_dpo_judge_equals_full_logits_in_float64(trained, tmp_path, no_pictures)
     won = float(np.mean(expected[:, 0] > expected[:, 1]))
     scores = eval_reward.main(replace(TINY, models=("mini", sft, dpo), judge=reward, out=str(tmp_path)))["models"]
     assert 0 < won < 1 and scores[dpo]["pairs"]["accuracy"] == pytest.approx(won)
+    expected = [[logps(model, p, y) for y in answers] for model in (ref, policy) for p, *answers in EXAMPLES]
+    won = [np.mean([chosen > rejected for chosen, rejected in half]) for half in (expected[:24], expected[24:])]
+    assert [scores[dpo]["pairs"][key] for key in ("init_logp_accuracy", "logp_accuracy")] == pytest.approx(won)
     assert scores[dpo]["init"] == sft and "pairs" not in scores[sft] and "pairs" not in scores["mini"]
 
 
@@ -200,6 +203,27 @@ def test_pair_accuracy_by_hand():
     assert found == {"n": 4, "accuracy": 2.5 / 4, "interval": data.interval(2.5 / 4, 4)}
 
 
+def test_an_answer_is_judged_once():
+    """Equal answers have equal rewards, even from a judge that is never of the same opinion; spaces around do not count."""
+    asked, rng = [], np.random.default_rng(1)
+    judge = eval_reward.once(lambda prompts, answers: asked.append(answers) or rng.random(len(answers)))
+    a = judge(["p", "q", "p"], ["yes", "yes", " yes "])
+    b = judge(("p", "p"), ("no", "yes"))
+    assert a[0] == a[2] == b[1] != a[1] and asked == [("yes", "yes"), ("no",)]
+    assert judge([], []).shape == (0,)
+
+
+def test_a_duel_from_the_other_side():
+    """Equal to the duel with its sides changed, but for the bootstrap's rounding."""
+    rng = np.random.default_rng(2)
+    one, two, right, other = rng.random(40), rng.random(40), *rng.integers(0, 2, (2, 40)).astype(float)
+    found = eval_reward.mirrored(eval_reward.against(one, two, right, other))
+    expected = eval_reward.against(two, one, other, right)
+    assert found.keys() == expected.keys() and found["win_rate"] < 1 != 0.5
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, abs=1e-9), key
+
+
 def test_an_answer_ends_at_a_new_human_turn(trained):
     """And what comes behind is not judged."""
     model = gpt.load(trained[0])
@@ -254,6 +278,25 @@ def test_files_and_printed_tables(trained, tmp_path, capsys):
     assert again["models"]["mini"] == scores["models"]["mini"]   # samples have a generator of their own, whoever else is judged
 
 
+def test_a_run_is_compared_with_its_start_under_any_name(trained, tmp_path, monkeypatch, no_pictures, capsys):
+    """--init sft/ and --models ./sft are the same folder. A judge that has learned nothing correlates with nothing."""
+    sft, dpo, reward = trained
+    monkeypatch.chdir(Path(sft).parent)
+    shutil.copytree(dpo, tmp_path / "dpo")
+    config = json.loads((tmp_path / "dpo" / "config.json").read_text())
+    config["flags"]["init"] = "sft/"
+    (tmp_path / "dpo" / "config.json").write_text(json.dumps(config))
+    zero = gpt.load(reward, kind=gpt.RewardModel)
+    torch.nn.init.zeros_(zero.reward_head.weight)
+    write_checkpoint(tmp_path / "zero.pt", {"model": zero.state_dict(), "model_config": asdict(zero.config)})
+    scores = eval_reward.main(replace(TINY, models=("./sft", str(tmp_path / "dpo")), judge=str(tmp_path / "zero.pt"), show=0,
+                                      temperatures=(0.7, 0.70000001), out=str(tmp_path / "out")))
+    assert scores["models"][str(tmp_path / "dpo")]["init"] == "./sft"
+    assert f"{tmp_path / 'dpo'} against ./sft" in capsys.readouterr().out
+    assert scores["judge"]["correlation_with_words"] == 0 and scores["judge"]["accuracy"] == 0.5
+    assert {"temperature 0.7", "temperature 0.70000001"} < scores["models"]["./sft"].keys()
+
+
 def test_training_data_enters_one_row_alone(trained, tmp_path, monkeypatch, no_pictures):
     """Other training pairs change nothing but the row of the training set's own answers."""
     sft, _, reward = trained
@@ -277,7 +320,7 @@ def test_prompts_from_a_file(trained, tmp_path, no_pictures, capsys):
     assert all(p.startswith("\n\nHuman: ") and p.endswith("\n\nAssistant:") and p.count("Human:") == 1 for p in prompts)
     path = tmp_path / "few.jsonl"
     path.write_text('{"prompt": " What is it? ", "topic": "a"}\n\n{"prompt": "\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Go'
-                    '\\n\\nAssistant:"}\n')
+                    '\\n\\nAssistant: \\n"}\n')
     assert eval_reward.read_prompts(path) == (["\n\nHuman: What is it?\n\nAssistant:",
                                                "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant:"], ["a", ""])
     scores = eval_reward.main(replace(TINY, models=(sft, "mini"), judge=reward, prompts=str(path), out=str(tmp_path / "out")))
@@ -318,6 +361,8 @@ def test_a_reference_that_has_changed_is_refused(trained, tmp_path):
     ('{"prompt": " "}\n', ':1: expected the key "prompt"'),
     ('["a"]\n', ':1: expected the key "prompt"'),
     ("\n", ": no prompts in it"),
+    ('{"prompt": "\\n\\nHuman: Hi"}\n', ":1: expected a question, or a dialogue"),
+    ('{"prompt": "a"}\n{"prompt": "b\\n\\nAssistant: c"}\n', ":2: expected a question, or a dialogue"),
     (b'{"prompt": "\xff"}\n', ":1: expected a JSON object"),
     ('{"prompt": "' + "word " * 600 + '"}\n', "prompt 1 has"),
 ])
@@ -363,16 +408,22 @@ def test_what_is_no_such_judge_is_refused(trained, deberta, tmp_path, monkeypatc
     (["--models", "runs/none"], "no model 'runs/none'"),
     (["--models", "mini", "--data", "a.jsonl,b.jsonl"], "no such file"),
     (["--models", "REWARD"], "is a reward model, and a language model is needed here"),
-    (["--judge", "runs/none"], "no reward model 'runs/none': train_reward.py makes one"),
+    (["--models", "mini", "--judge", "runs/none"], "no reward model 'runs/none': train_reward.py makes one"),
     (["--seed", "x"], "invalid int value"),
-    (["--limit", "1"], "--limit: expected at least 2, found 1"),
+    (["--limit", "0"], "--limit: expected at least 1, found 0"),
+    (["--models", "mini,runs/typo"], "no model 'runs/typo'"),
+    (["--out", "FILE"], "expected a folder, found a file"),
     (["--top-p", "0"], "--top-p: expected a share above 0, at most 1, found 0"),
     (["--temperatures", "0,-1"], "--temperatures: expected 0 to 100"),
     (["--models", "mini", "--max-new-tokens", "512"], "--max-new-tokens 512: mini has a context of 512 tokens"),
-    (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    (["--models", "mini,EMPTY"], "expected best.pt (a run)"),
+    (["--models", "mini", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
 ])
 def test_bad_flags_end_in_one_line_and_status_2(trained, tmp_path, monkeypatch, capsys, flags, message):
-    flags = [trained[2] if flag == "REWARD" else flag for flag in flags]
+    (tmp_path / "a-file").touch()
+    for word, path in (("REWARD", trained[2]), ("FILE", str(tmp_path / "a-file")), ("EMPTY", str(tmp_path))):
+        flags = [flag.replace(word, path) for flag in flags]
+    monkeypatch.setattr(gpt.GPT, "generate", None)   # all of it is found before the first answer
     monkeypatch.setattr(sys, "argv", ["eval_reward.py", "--out", str(tmp_path / "eval"), "--judge", trained[2], *flags])
     with pytest.raises(SystemExit) as stopped:
         eval_reward.runs.command_line(eval_reward.main, eval_reward.Config)

@@ -436,6 +436,12 @@ def test_narrow_sampling_is_greedy(ours):
     assert ours.generate(PROMPTS, 10, temperature=1e-4) == greedy
 
 
+def test_the_likeliest_token_is_never_dropped(ours):
+    """However small a share or a temperature is, in fp32 it may be nothing."""
+    greedy = ours.generate(PROMPTS, 5, temperature=0)
+    assert ours.generate(PROMPTS, 5, top_p=1e-60) == greedy and ours.generate(PROMPTS, 5, temperature=1e-46) == greedy
+
+
 def test_sampling_repeats_with_its_generator_and_leaves_torchs_alone(ours):
     def answers(seed):
         return ours.generate(PROMPTS, 10, temperature=2.0, generator=torch.Generator().manual_seed(seed))
@@ -536,6 +542,10 @@ def test_a_reward_model_is_loaded_as_such_only(ours, tmp_path):
     assert again.wpe.weight.shape == (10, 24)
     with pytest.raises(InputError, match="is a reward model, and a language model is needed here"):
         load(str(tmp_path))
+    write_checkpoint(tmp_path / "last.pt", {"model": {key: t for key, t in model.state_dict().items() if key != "center"},
+                                            "model_config": asdict(ours.config)})
+    with pytest.raises(InputError, match="last.pt holds what a run trains, and no centre"):
+        load(str(tmp_path / "last.pt"), kind=gpt.RewardModel)
     for name in ("mini", str(tmp_path / "lm.pt")):
         write_checkpoint(tmp_path / "lm.pt", {"model": ours.state_dict(), "model_config": asdict(ours.config)})
         with pytest.raises(InputError, match="is a language model, and a reward model is needed here"):

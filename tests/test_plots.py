@@ -131,6 +131,8 @@ def test_score_pictures_show_these_numbers(tmp_path, drawn):
     assert shown["a, greedy"] == ([5, 9], [-1.0, 1.0]) and shown.keys() == {"a, greedy", "mini -2.00", "test, chosen +0.50"}
     band = reward.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (-2.0, 3.0) and lines(right)["a, greedy"] == ([5, 9], [0.2, 0.6])
+    low, high = reward.get_ylim()
+    assert low < -2.0 and high > 1.0   # nothing is cut, the data's own answers are in it
     rewards = {(name, "greedy"): [score["greedy"]["reward"]] * 3 for name, score in scores["models"].items()}
     plots.reward_histograms(scores, rewards | {("test, chosen", "data"): [0.4, 0.6, 0.5]}, ["greedy"], tmp_path / "rewards.png")
     (axis,) = drawn[1].axes

@@ -252,6 +252,8 @@ def test_an_adapter_goes_back_on_its_base(sft, tmp_path):
     expected = plain_rewards(model, pairs, 1)
     assert torch.equal(plain_rewards(again, pairs, 1), expected) and expected.std() > 0.01
     torch.testing.assert_close(plain_rewards(merged, pairs, 1), expected, atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="its reward head reads something else"):
+        lora.load_adapter(gpt.reward_model(gpt.load(sft), likelihood=True), adapter)
     base = gpt.load(sft)
     with pytest.raises(InputError, match="expected the adapter of a language model"):
         lora.load_adapter(base, adapter)
