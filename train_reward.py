@@ -7,11 +7,12 @@ A reward model: GPT-2 with a scalar head learns from pairs which of two response
     python train_reward.py --lora-rank 8 --lr 3e-3           # adapters beside frozen weights (lora.py); the head trains whole
 
 The head, n_embd -> 1, is read at the end-of-text that closes the response. Bradley-Terry says P(the chosen one is preferred) =
-sigmoid(r_w - r_l). The head starts at zero: before the first step every pair is a tie and the loss is log 2; the script checks that.
-Only differences are learned; in best.pt the mean reward of chosen training responses is 0. One epoch is the rule, more overfits.
+sigmoid(r_w - r_l). The head starts at zero: before the first step every pair is a tie and the loss is log 2; the script checks
+that. Only differences are learned; in best.pt the mean reward of chosen training responses is 0. One epoch is the rule, more
+overfits.
 
-By default the head reads one number more, the response's log-probability to this very model: r = w h + a log pi(y|x). That is ours
-and not the textbook's, and a tiny model needs it to tell right from wrong (model.RewardModel says why; the README has figures).
+By default the head reads one number more, the response's log-probability to this very model: r = w h + a log pi(y|x). That is
+ours and not the textbook's; a tiny model needs it to tell right from wrong (model.RewardModel says why, the README has figures).
 The calibration on training pairs is in-sample: an SFT run has seen their labels.
 
 Simplified: one process, one GPU; the prompt of a pair runs twice.
