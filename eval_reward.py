@@ -445,7 +445,7 @@ def main(cfg):
             lines.append(json.dumps(line | ({"right": bool(right[name, mode][i])} if (name, mode) in right else {})) + "\n")
     write_atomically(out / "generations.jsonl", "".join(lines).encode())
     plots.reward_histograms(scores, rewards, list(modes), out / "rewards.png")
-    curves = over_steps(scores, list(modes))
+    curves = over_steps(scores)
     if curves:
         plots.score_over_steps(scores, curves, list(modes), out / "steps.png")
     report(cfg, scores, prompts, texts, rewards, right, list(modes))
@@ -453,7 +453,7 @@ def main(cfg):
     return scores
 
 
-def over_steps(scores, modes):
+def over_steps(scores):
     """{run's folder: [(step, its scores), ...]} of the runs of which several checkpoints step-N.pt were judged."""
     curves = {}
     for name, score in scores["models"].items():

@@ -251,7 +251,7 @@ def test_checkpoints_stand_in_the_order_of_their_steps(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="nothing fits runs/x-"):
         eval_reward.expand(["runs/x-*"])
     scores = {"models": {"gpt2": 0, "a/step-10.pt": 1, "a/step-2.pt": 2, "b/step-3.pt": 3, "step-7.pt": 4, "step-8.pt": 5}}
-    assert eval_reward.over_steps(scores, []) == {"a": [(2, 2), (10, 1)], ".": [(7, 4), (8, 5)]}
+    assert eval_reward.over_steps(scores) == {"a": [(2, 2), (10, 1)], ".": [(7, 4), (8, 5)]}
 
 
 # ---- properties -------------------------------------------------------------------------------------------------------------
