@@ -316,7 +316,7 @@ def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, g
         with packed_weights(model, len(prompts)) as head:
             for _ in range(max_new_tokens):
                 h = model.hidden(x, cache)
-                h = h[:, 0] if cache.end else h[torch.arange(len(h)), cache.lengths - 1]   # (B, C) the last token of each row
+                h = h[:, 0] if cache.end else h[torch.arange(len(h), device=device), cache.lengths - 1]   # (B, C)
                 cache.advance(x.size(1))
                 tokens = sample(head(h), temperature, top_k, top_p, generator)
                 open_ = []

@@ -108,6 +108,22 @@ def test_it_starts_with_every_pair_a_tie(sft, tmp_path, no_pictures, few_for_the
     assert step["train_loss"] == pytest.approx(math.log(2), abs=1e-6) and step["train_reward_accuracy"] == 0.5
 
 
+def test_the_starts_log_probabilities_are_a_baseline(sft, tmp_path, no_pictures, few_for_the_centre):
+    """The share of held-out pairs whose chosen response the SFT run finds likelier, from whole logits."""
+    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), steps=1, eval_samples=12))
+    model, likelier = gpt.load(sft).eval(), []
+    for pair in data.load_pairs("minihh")[0]["valid"][:12]:
+        n, logps = len(data.tokenizer(2048).encode(pair.prompt)), []
+        for which in (1, 2):
+            ids = torch.tensor([whole_ids(pair, which)])
+            with torch.no_grad():
+                logp = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            logps.append(logp[n - 1:].sum().item())
+        likelier.append(logps[0] > logps[1])
+    found = json.loads((tmp_path / "run" / "config.json").read_text())["baseline_sft_logps"]
+    assert found == pytest.approx(sum(likelier) / 12) and found != 0.5
+
+
 @pytest.mark.parametrize("change", [{"val_reward_accuracy": 0.51}, {"val_reward_loss": 0.7}])
 def test_a_start_that_is_no_tie_is_refused(change):
     found = {"val_reward_accuracy": 0.5, "val_reward_loss": math.log(2)}
@@ -282,6 +298,11 @@ def test_the_pairs_it_shows_are_those_it_ranks_most_wrongly(sft):
     found, worst = train_reward.evaluate(TINY, model, contextlib.nullcontext, tokens, tokens)
     margins = plain_rewards(model.eval(), pairs, 1) - plain_rewards(model, pairs, 2)
     assert found["val_reward_margins"] == pytest.approx(margins.tolist(), rel=1e-3, abs=1e-4)
+    said, right = torch.sigmoid(margins.abs()), (margins > 0).float()   # eight bins for ten pairs: two of two, six of one
+    bins = torch.tensor_split(said.argsort(), 8)
+    gap = sum(len(rows) * abs(said[rows].mean() - right[rows].mean()) for rows in bins) / 10
+    assert [len(rows) for rows in bins][:3] == [2, 2, 1]
+    assert found["val_reward_calibration_error"] == pytest.approx(gap.item(), abs=1e-4)
     first = pairs[int(margins.argmin())]
     assert worst.startswith(first.prompt) and f"[{first.chosen}<|endoftext|>]" in worst.split("\n\n\n")[0]
 
