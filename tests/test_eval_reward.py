@@ -345,6 +345,16 @@ def test_greedy_answers_do_not_depend_on_the_batch(trained):
     assert eval_reward.answer(TINY, model, prompts, 0.0) == [eval_reward.answer(TINY, model, [p], 0.0)[0] for p in prompts]
 
 
+def test_sampling_is_what_the_flags_say(trained):
+    """The seed decides; a tiny share of probability leaves the likeliest token alone."""
+    model = gpt.load(trained[0])
+    prompts = eval_reward.encode_prompts(TINY, model, "it", [p for p, *_ in EXAMPLES])
+    greedy, one, two, narrow = (eval_reward.answer(replace(TINY, **flags), model, prompts, t) for flags, t in (
+        ({}, 0.0), ({"seed": 1}, 1.0), ({"seed": 2}, 1.0), ({"top_p": 1e-6}, 1.0)))
+    assert one != two and one != greedy and narrow == greedy
+    assert one == eval_reward.answer(replace(TINY, seed=1), model, prompts, 1.0)
+
+
 def test_a_reference_that_has_changed_is_refused(trained, tmp_path):
     sft, dpo, reward = trained
     shutil.copytree(dpo, tmp_path / "dpo")

@@ -108,6 +108,21 @@ def test_it_starts_with_every_pair_a_tie(sft, tmp_path, no_pictures, few_for_the
     assert step["train_loss"] == pytest.approx(math.log(2), abs=1e-6) and step["train_reward_accuracy"] == 0.5
 
 
+def test_with_pma_each_micro_batch_is_an_update_of_its_own_mean(sft, tmp_path, no_pictures, few_for_the_centre):
+    """At a head of zero the gradient is the head's alone, half of the mean difference of the hidden states. The rate is 0, so
+    that it stays there: the reported norm is the mean of two micro-batches' norms."""
+    train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), steps=1, eval_every=1, optimizer="adamw-pma", lr=0.0,
+                              grad_clip=0.0))
+    model, (pairs, encoding) = gpt.load(sft).eval(), (data.load_pairs("minihh")[0]["train"], data.tokenizer(2048))
+    order, norms = data.Order([sum(len(encoding.encode(text)) for text in p) + 2 for p in pairs], 3, TINY.seed), []
+    for k in (0, 1):
+        with torch.no_grad():
+            gaps = [torch.sub(*(model.hidden(torch.tensor([whole_ids(pairs[i], which)]))[0, -1] for which in (1, 2)))
+                    for i in order[k]]
+        norms.append(torch.stack(gaps).mean(0).norm().item() / 2)
+    assert [e for e in metrics(tmp_path / "run") if "grad_norm" in e][0]["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+
+
 def test_the_starts_log_probabilities_are_a_baseline(sft, tmp_path, no_pictures, few_for_the_centre):
     """The share of held-out pairs whose chosen response the SFT run finds likelier, from whole logits."""
     train_reward.main(replace(TINY, init=sft, out=str(tmp_path / "run"), steps=1, eval_samples=12))
