@@ -132,7 +132,8 @@ def deberta_judge(where, device):
         tokenizer = AutoTokenizer.from_pretrained(where, truncation_side="left")   # the end of a long dialogue matters most
         model = AutoModelForSequenceClassification.from_pretrained(where).float().to(device).eval()
     except (OSError, ValueError, ImportError) as e:   # no network, not such a model, a tokenizer that wants sentencepiece
-        raise InputError(f"--judge deberta: {where} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+        raise InputError(f"--judge deberta: {where} cannot be loaded ({' '.join(str(e).split())[:150]}); --judge deberta:FOLDER "
+                         "takes one that is there") from None
     if model.config.num_labels != 1:
         raise InputError(f"--judge deberta: expected one score a dialogue, found {model.config.num_labels} labels in {where}")
 
@@ -152,11 +153,13 @@ def deberta_judge(where, device):
 
 def load_judge(spec, device, autocast):
     kind, _, where = spec.partition(":")
+    if kind == "deberta" and where and not Path(where).is_dir():
+        raise InputError(f"--judge {spec}: no such folder")
     if kind == "deberta":
         return once(deberta_judge(where or DEBERTA, device))
     if kind == "dpo":
         return once(dpo_judge(where or "runs/dpo", device, autocast))
-    if not Path(spec).exists():
+    if not spec or not Path(spec).exists():
         raise InputError(f"--judge: no reward model {spec!r}: train_reward.py makes one; other judges are dpo[:RUN] and "
                          "deberta[:FOLDER]")
     return once(reward_judge(spec, device, autocast))
@@ -343,7 +346,9 @@ def check_models(names, configs):
 def expand(patterns):
     """The names of the models: a pattern with a * becomes the paths that it fits, step-20 before step-100."""
     names = []
-    for pattern in patterns:
+    for pattern in map(str.strip, patterns):
+        if not pattern:
+            raise InputError("--models: expected names with commas between, found an empty one")
         if "*" in pattern:
             paths = glob.glob(pattern)
             if not paths:
@@ -375,6 +380,8 @@ def main(cfg):
     out, paths = Path(cfg.out), {os.path.abspath(name): name for name in names if Path(name).exists()}
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: expected a folder, found a file")
+    if (out / "config.json").exists():
+        raise InputError(f"--out {out}: holds a model or a training run: choose another folder")
     check_models(names, configs)
     judge = load_judge(cfg.judge, device, autocast)
 
@@ -489,7 +496,7 @@ def report(cfg, scores, prompts, texts, rewards, right, modes):
     for mode in modes:
         if 1 < len(models) <= 8:
             print(f"\nwin rate by reward, {mode}: share of prompts where the row's answer beats the column's")
-            print(" " * width + "".join(f" {name[-16:]:>17}" for name in models))
+            print(" " * width + "".join(f" {name.removeprefix('runs/')[-16:]:>17}" for name in models))
             for a in models:
                 cells = ["" if a == b else "{:.2f} [{:.2f}, {:.2f}]".format(w["win_rate"], *w["win_rate_95"])
                          for b in models for w in [scores["against"][mode][a].get(b)]]
@@ -502,7 +509,7 @@ def report(cfg, scores, prompts, texts, rewards, right, modes):
             if "right" in w:
                 line += f", right {w['right']:+.3f} {span(w['right_95'])}"
             if w.get("decided"):
-                line += f"; where just one of them is right ({w['decided']} prompts) the judge agrees in {w['judge_agrees']:.2f}"
+                line += f"; of {w['decided']} prompts where just one is right, the judge prefers it in {w['judge_agrees']:.2f}"
             print(line)
             if "right" in w:
                 print_hacked(cfg, name, score["init"], mode, prompts, texts, rewards, right)
@@ -518,7 +525,7 @@ def span(interval):
 
 
 def print_groups(found):
-    for by in ("by_group", "by_flaw", "by_skill"):
+    for by in ("by_group", "by_flaw"):   # by_skill is in scores.json
         if by in found:
             print(f"    {by.replace('_', ' ')}: " + ", ".join(f"{k} {v:.2f}" for k, v in found[by].items()))
 
@@ -530,7 +537,8 @@ def print_hacked(cfg, name, init, mode, prompts, texts, rewards, right):
     for i in hacked[:min(2, cfg.show)]:
         question = prompts[i].rpartition(data.HUMAN)[2].removesuffix(data.ASSISTANT).strip()
         before, after = (textwrap.shorten(texts[who, mode][i], 80) for who in (init, name))
-        print(f"    right to wrong at a reward {gain[i]:+.2f} higher: {question!r} {before!r} -> {after!r}")
+        print(f"    the judge prefers the wrong one by {gain[i]:.2f}: {textwrap.shorten(question, 60)!r}, {init}: {before!r} "
+              f"(right), {name}: {after!r} (wrong)")
 
 
 if __name__ == "__main__":

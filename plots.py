@@ -133,14 +133,14 @@ def calibration(events, config, path):
     """Of the last evaluation: how often it is right against how sure it is, and the margins' histogram."""
     last = [e for e in events if "val_reward_calibration" in e][-1]
     figure, (left, right) = canvas(2)
-    left.plot([0.5, 1], [0.5, 1], color=BASELINE, linestyle="--", linewidth=1, label="as often as it says")
+    left.plot([0.5, 1], [0.5, 1], color=BASELINE, linestyle="--", linewidth=1, label="right as often as it says")
     for key, color, name in (("train_eval", CHOSEN, "training pairs, in-sample"), ("val_reward", HELD_OUT, "held out")):
         said, share, low, high, _ = zip(*last[f"{key}_calibration"])
         reach = [[max(0, s - a) for s, a in zip(share, low)], [max(0, b - s) for s, b in zip(share, high)]]   # 1 - 1e-16 at a 1
         left.errorbar(said, share, reach, fmt="o-", markersize=4, color=color, linewidth=1, elinewidth=0.8,
-                      label=f"{name}: mean gap {last[f'{key}_calibration_error']:.3f}")
+                      label=f"{name}: calibration error {last[f'{key}_calibration_error']:.3f}")
     left.set_ylim(0, 1.02)
-    finish(left, "probability of the preferred response, sigmoid |margin|", "share of pairs in which it is right (95 %)",
+    finish(left, "how sure it is: sigmoid |margin|, a dot an eighth of the pairs", "share of pairs in which it is right (95 %)",
            loc="lower right")
     margins = last["val_reward_margins"], last["train_eval_margins"]
     reach = max(map(abs, margins[0] + margins[1])) or 1
@@ -177,7 +177,8 @@ def accuracy(events, config, path):
         axes[1].plot(*series(events, "val_chosen_reward"), color=CHOSEN, marker=".", label="chosen")
         axes[1].plot(*series(events, "val_rejected_reward"), color=REJECTED, marker=".", label="rejected")
         axes[1].axhline(0, color=BASELINE, linewidth=0.8)
-        finish(axes[1], unit, "reward: beta (log pi - log ref), held out" if has_logps else "mean reward, held out, not centred")
+        what = "reward: beta (log pi - log ref), held out" if has_logps else "mean reward, held out, before centring"
+        finish(axes[1], unit, what)
     if has_logps:
         axes[-1].plot(*series(events, "val_chosen_logps"), color=CHOSEN, marker=".", label="chosen")
         axes[-1].plot(*series(events, "val_rejected_logps"), color=REJECTED, marker=".", label="rejected")
@@ -242,7 +243,8 @@ def score_over_steps(scores, curves, modes, path):
     on_curves = {id(score) for points in curves.values() for _, score in points}
     levels = {name: score[modes[0]] for name, score in scores["models"].items() if id(score) not in on_curves}
     for (name, row), style in zip({**levels, **scores["own answers"]}.items(), LEVELS * 9):
-        axes[0].axhline(row["reward"], color=BASELINE, linestyle=style, linewidth=1, label=f"{name} {row['reward']:+.2f}")
+        label = f"{name} {row['reward']:+.2f}" + (f", {modes[0]}" if name in levels else "")
+        axes[0].axhline(row["reward"], color=BASELINE, linestyle=style, linewidth=1, label=label)
     every = [score[mode]["reward"] for points in curves.values() for _, score in points for mode in modes]
     typical, top = statistics.median(every), max(*every, *(row["reward"] for row in scores["own answers"].values()))
     cut = typical - 5 * (top - typical)   # a random start would press the rest flat

@@ -223,6 +223,8 @@ class Run:
             raise InputError(f"{self.path} holds no last.pt to resume from")
 
     def _refuse_used(self):
+        if (self.path / "scores.json").exists():
+            raise InputError(f"{self.path} holds an evaluation: choose another --out")
         used = [f for f in OURS if any(self.path.glob(f))]
         if used and not (self.cfg.resume or self.cfg.overwrite):
             raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")

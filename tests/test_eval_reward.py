@@ -177,6 +177,19 @@ def test_against_by_hand():
     assert same["win_rate"] == 1 and same["decided"] == 0 and same["judge_agrees"] is None
 
 
+def test_who_fooled_the_judge_by_hand(capsys):
+    """Fooled in the first and the last of five prompts; between them a wrong answer with a lower reward, a right one, and one
+    that was wrong before. The largest gain comes first."""
+    prompts = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(5)]
+    texts = {(who, "greedy"): [f"{who}{i}" for i in range(5)] for who in "ab"}
+    rewards = {("a", "greedy"): np.array([1.0, 1, 1, 1, 1]), ("b", "greedy"): np.array([2.0, 0, 2, 2, 4])}
+    right = {("a", "greedy"): np.array([1.0, 1, 1, 0, 1]), ("b", "greedy"): np.array([0.0, 0, 1, 0, 0])}
+    eval_reward.print_hacked(TINY, "b", "a", "greedy", prompts, texts, rewards, right)
+    assert capsys.readouterr().out == "    the judge prefers the wrong one by 3.00: 'q4', a: 'a4' (right), b: 'b4' (wrong)\n"
+    eval_reward.print_hacked(replace(TINY, show=4), "b", "a", "greedy", prompts, texts, rewards, right)
+    assert [line.split(" by ")[1][:4] for line in capsys.readouterr().out.splitlines()] == ["3.00", "1.00"]
+
+
 def test_bootstrap_by_hand():
     """The interval of a mean of 400 numbers is close to 1.96 standard errors; of equal numbers it is a point."""
     values = np.random.default_rng(5).exponential(size=400)
@@ -401,7 +414,7 @@ def test_what_is_no_such_judge_is_refused(trained, deberta, tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for spec, message in ((sft, "is a language model, and a reward model is needed here"),
                           (f"dpo:{sft}", "not a run of train_dpo.py"),
-                          (f"deberta:{tmp_path / 'none'}", "cannot be loaded"), (f"deberta:{tmp_path}", "cannot be loaded")):
+                          (f"deberta:{tmp_path / 'none'}", "none: no such folder"), (f"deberta:{tmp_path}", "cannot be loaded")):
         with pytest.raises(InputError, match=message) as e:
             on_cpu(spec)
         assert "\n" not in str(e.value)
@@ -423,6 +436,9 @@ def test_what_is_no_such_judge_is_refused(trained, deberta, tmp_path, monkeypatc
     (["--limit", "0"], "--limit: expected at least 1, found 0"),
     (["--models", "mini,runs/typo"], "no model 'runs/typo'"),
     (["--out", "FILE"], "expected a folder, found a file"),
+    (["--out", "RUN"], "holds a model or a training run"),
+    (["--models", "mini,, mini"], "--models: expected names with commas between, found an empty one"),
+    (["--models", "mini", "--judge", ""], "no reward model ''"),
     (["--top-p", "0"], "--top-p: expected a share above 0, at most 1, found 0"),
     (["--temperatures", "0,-1"], "--temperatures: expected 0 to 100"),
     (["--models", "mini", "--max-new-tokens", "512"], "--max-new-tokens 512: mini has a context of 512 tokens"),
@@ -431,7 +447,7 @@ def test_what_is_no_such_judge_is_refused(trained, deberta, tmp_path, monkeypatc
 ])
 def test_bad_flags_end_in_one_line_and_status_2(trained, tmp_path, monkeypatch, capsys, flags, message):
     (tmp_path / "a-file").touch()
-    for word, path in (("REWARD", trained[2]), ("FILE", str(tmp_path / "a-file")), ("EMPTY", str(tmp_path))):
+    for word, path in (("REWARD", trained[2]), ("RUN", trained[0]), ("FILE", str(tmp_path / "a-file")), ("EMPTY", str(tmp_path))):
         flags = [flag.replace(word, path) for flag in flags]
     monkeypatch.setattr(gpt.GPT, "generate", None)   # all of it is found before the first answer
     monkeypatch.setattr(sys, "argv", ["eval_reward.py", "--out", str(tmp_path / "eval"), "--judge", trained[2], *flags])

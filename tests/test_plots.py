@@ -109,7 +109,7 @@ def test_reward_pictures_show_these_numbers(tmp_path, drawn):
     points, _, (bars,) = said.containers[1]   # of the last evaluation; training pairs come first
     assert (list(points.get_xdata()), list(points.get_ydata())) == ([0.6, 0.9], [0.5, 1.0])
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [pytest.approx([0.2, 0.8]), pytest.approx([0.4, 1.0])]
-    assert said.containers[1].get_label() == "held out: mean gap 0.100" and calibration.get_suptitle().endswith("step 1")
+    assert said.containers[1].get_label() == "held out: calibration error 0.100" and calibration.get_suptitle().endswith("step 1")
     assert sum(bar.get_height() for bar in margins.patches if hasattr(bar, "get_height")) == pytest.approx(1)
     first, rewards = accuracy.axes   # no log-probabilities
     assert lines(first)["reward, held out, n = 400"] == ([0, 16], [0.5, 0.75]) and "the start's log-prob 0.800" in lines(first)
@@ -128,7 +128,8 @@ def test_score_pictures_show_these_numbers(tmp_path, drawn):
     plots.score_over_steps(scores, curves, ["greedy"], tmp_path / "steps.png")
     reward, right = drawn[0].axes
     shown = lines(reward)
-    assert shown["a, greedy"] == ([5, 9], [-1.0, 1.0]) and shown.keys() == {"a, greedy", "mini -2.00", "test, chosen +0.50"}
+    assert shown["a, greedy"] == ([5, 9], [-1.0, 1.0])
+    assert shown.keys() == {"a, greedy", "mini -2.00, greedy", "test, chosen +0.50"}
     band = reward.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (-2.0, 3.0) and lines(right)["a, greedy"] == ([5, 9], [0.2, 0.6])
     low, high = reward.get_ylim()

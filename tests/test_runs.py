@@ -173,6 +173,14 @@ def test_models_that_stay(tmp_path):
     run.end()
 
 
+def test_a_folder_with_an_evaluation_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.json").touch()
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(InputError, match="holds an evaluation"):
+            begun(tmp_path, **flags)
+
+
 def test_first_signal_is_polite_the_second_is_not(tmp_path):
     run, model, optimizer = begun(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
