@@ -182,7 +182,7 @@ def test_who_fooled_the_judge_by_hand(capsys):
     that was wrong before. The largest gain comes first."""
     prompts = [f"\n\nHuman: q{i}\n\nAssistant:" for i in range(5)]
     texts = {(who, "greedy"): [f"{who}{i}" for i in range(5)] for who in "ab"}
-    rewards = {("a", "greedy"): np.array([1.0, 1, 1, 1, 1]), ("b", "greedy"): np.array([2.0, 0, 2, 2, 4])}
+    rewards = {("a", "greedy"): np.array([1.0, 1, 1, 1, 1]), ("b", "greedy"): np.array([2.0, 0, 2.5, 3.5, 4])}
     right = {("a", "greedy"): np.array([1.0, 1, 1, 0, 1]), ("b", "greedy"): np.array([0.0, 0, 1, 0, 0])}
     eval_reward.print_hacked(TINY, "b", "a", "greedy", prompts, texts, rewards, right)
     assert capsys.readouterr().out == "    the judge prefers the wrong one by 3.00: 'q4', a: 'a4' (right), b: 'b4' (wrong)\n"
