@@ -307,6 +307,7 @@ def ranked(won, examples):
         found[f"by_{by}"] = by_group(won, names)
     return found
 
+
 def pair_accuracy(judge, pairs, examples):
     """How often a judge ranks the test pairs right."""
     prompts, chosen, rejected = zip(*pairs)
@@ -512,7 +513,7 @@ def report(cfg, scores, prompts, texts, rewards, right, modes):
                 line += f"; of {w['decided']} prompts where just one is right, the judge prefers it in {w['judge_agrees']:.2f}"
             print(line)
             if "right" in w:
-                print_hacked(cfg, name, score["init"], mode, prompts, texts, rewards, right)
+                print_fooled(cfg, name, score["init"], mode, prompts, texts, rewards, right)
         if "pairs" in score:
             p = score["pairs"]
             print(f"{name}: implicit reward's accuracy on the test pairs {p['accuracy']:.3f} [{p['interval'][0]:.3f}, "
@@ -530,11 +531,11 @@ def print_groups(found):
             print(f"    {by.replace('_', ' ')}: " + ", ".join(f"{k} {v:.2f}" for k, v in found[by].items()))
 
 
-def print_hacked(cfg, name, init, mode, prompts, texts, rewards, right):
+def print_fooled(cfg, name, init, mode, prompts, texts, rewards, right):
     """Where the judge prefers the model's wrong answer to its start's right one: the reward rises, the truth falls."""
     gain = rewards[name, mode] - rewards[init, mode]
-    hacked = [i for i in np.argsort(-gain) if gain[i] > 0 and right[name, mode][i] < right[init, mode][i]]
-    for i in hacked[:min(2, cfg.show)]:
+    fooled = [i for i in np.argsort(-gain) if gain[i] > 0 and right[name, mode][i] < right[init, mode][i]]
+    for i in fooled[:min(2, cfg.show)]:
         question = prompts[i].rpartition(data.HUMAN)[2].removesuffix(data.ASSISTANT).strip()
         before, after = (textwrap.shorten(texts[who, mode][i], 80) for who in (init, name))
         print(f"    the judge prefers the wrong one by {gain[i]:.2f}: {textwrap.shorten(question, 60)!r}, {init}: {before!r} "

@@ -163,8 +163,8 @@ class RewardModel(GPT):
     starts at zero. Only differences of rewards are learned; `center` says where zero is.
 
     likelihood: not the textbook's, the head has one input more, the log-probability of the response to this very model: r = w h +
-    a log pi(y|x). What a model of two layers knows of the answer stands in its last layer, and behind that nothing can compare it
-    with what was said.
+    a log pi(y|x). Without it a reward model of two layers does not find wrong facts. We think that this is since what it knows of
+    an answer stands in its last layer, behind which nothing compares it with what was said; not proved.
     """
 
     def __init__(self, config, likelihood=False):

@@ -2,7 +2,7 @@
 A reward model: GPT-2 with a scalar head learns from pairs which of two responses people prefer.
 
     python train_reward.py                                   # from runs/sft, the embedded data
-    python train_reward.py --head hidden                     # the textbook's head, for models of more than two layers
+    python train_reward.py --head hidden                     # the textbook's head
     python train_reward.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_reward.py --lora-rank 8 --lr 3e-3           # adapters beside frozen weights (lora.py); the head trains whole
 
@@ -12,7 +12,7 @@ that. Only differences are learned; in best.pt the mean reward of chosen trainin
 overfits.
 
 By default the head reads one number more, the response's log-probability to this very model: r = w h + a log pi(y|x). That is
-ours and not the textbook's; a tiny model needs it to tell right from wrong (model.RewardModel says why, the README has figures).
+ours and not the textbook's; our tiny model needs it to tell right from wrong (the README has figures).
 The calibration on training pairs is in-sample: an SFT run has seen their labels.
 
 Simplified: one process, one GPU; the prompt of a pair runs twice.

@@ -4,7 +4,7 @@ whole period of K micro-batches would go (001_..., section 5.5; the last of the 
 
     python train_sft.py --optimizer adamw-pma --accumulate 8 --variance-every 50     # metrics.jsonl and variance.png
 
-Measured on the last transformer block only: GPT-2's output layer is the embedding. An own module, since both training scripts
+Measured on the last transformer block only: GPT-2's output layer is the embedding. An own module, since the training scripts
 would otherwise hold this mathematics.
 
 Simplified: parameters stand still within a period, where a real one moves them a little at every tau.

@@ -184,9 +184,9 @@ def test_who_fooled_the_judge_by_hand(capsys):
     texts = {(who, "greedy"): [f"{who}{i}" for i in range(5)] for who in "ab"}
     rewards = {("a", "greedy"): np.array([1.0, 1, 1, 1, 1]), ("b", "greedy"): np.array([2.0, 0, 2.5, 3.5, 4])}
     right = {("a", "greedy"): np.array([1.0, 1, 1, 0, 1]), ("b", "greedy"): np.array([0.0, 0, 1, 0, 0])}
-    eval_reward.print_hacked(TINY, "b", "a", "greedy", prompts, texts, rewards, right)
+    eval_reward.print_fooled(TINY, "b", "a", "greedy", prompts, texts, rewards, right)
     assert capsys.readouterr().out == "    the judge prefers the wrong one by 3.00: 'q4', a: 'a4' (right), b: 'b4' (wrong)\n"
-    eval_reward.print_hacked(replace(TINY, show=4), "b", "a", "greedy", prompts, texts, rewards, right)
+    eval_reward.print_fooled(replace(TINY, show=4), "b", "a", "greedy", prompts, texts, rewards, right)
     assert [line.split(" by ")[1][:4] for line in capsys.readouterr().out.splitlines()] == ["3.00", "1.00"]
 
 

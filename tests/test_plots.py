@@ -34,19 +34,6 @@ def folder(path, events, **flags):
     return path
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Keeps every figure that plots draws."""
-    figures, real = [], plots.canvas
-
-    def keep(*size, **options):
-        figure, axes = real(*size, **options)
-        figures.append(figure)
-        return figure, axes
-    monkeypatch.setattr(plots, "canvas", keep)
-    return figures
-
-
 def lines(axis):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()}
 
