@@ -120,7 +120,7 @@ def dpo_loss(events, config, path):
 def reward_loss(events, config, path):
     figure, (axis,) = canvas()
     axis.plot(*series(events, "train_loss"), color=TRAIN, linewidth=0.8, label="training, per step (labels as they come)")
-    axis.plot(*series(events, "train_eval_loss"), color=CHOSEN, marker=".", label="training pairs in evaluation mode")
+    axis.plot(*series(events, "train_eval_loss"), color=CHOSEN, marker=".", label="training pairs in evaluation mode (the same)")
     axis.plot(*series(events, "val_reward_loss"), color=HELD_OUT, marker=".", label=f"held out, n = {config['val_pairs']}")
     baseline(axis, 0.6931, "all rewards equal: log 2 =")
     axis.set_ylim(bottom=0)
