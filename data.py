@@ -7,8 +7,8 @@ HH-RLHF stores each pair as two whole dialogues. The prompt is what they share u
 and no space after it; a response keeps one leading space, is stripped on the right, and is closed by end-of-text. So prompt
 and response can be tokenised apart: GPT-2's tokenizer never joins a colon to the space behind it.
 
-A micro-batch is a rectangle, padded on the right, plus a list of the places where it is scored (Batch). Rows of similar length go
-together, since random batches of HH-RLHF are half padding.
+A micro-batch is all its tokens in a line, plus a list of the places where they are scored (Batch). A pair's prompt is there once,
+for both responses. Only attention pads, in a few rectangles of similar lengths.
 """
 import gzip
 import hashlib
@@ -32,8 +32,10 @@ import torch
 
 import minihh
 from files import InputError, cache_folder, download
+from model import Packing
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+RECTANGLES = 4     # calls of attention a layer: one for all would pad to the longest, one a sequence is slow for many short ones
 KEEP_PROMPT = 64   # tokens of the context that a response never takes from its prompt
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,76 +328,106 @@ def cut_prompt(prompt, room, turn):
 
 @dataclass
 class Batch:
-    """What one forward pass takes, and where it is scored. Row score_at[i] of the flattened hidden states (R * T, C)
-    predicts targets[i], a token of response owner[i]. With pairs, responses 0..B-1 are the chosen, B..2B-1 the rejected ones."""
-    tokens: torch.Tensor     # (R, T) right-padded ids; a sequence's last token is a target only, but for a reward model
+    """What one forward pass takes, and where it is scored. The hidden state at the token score_at[i] predicts targets[i], a token
+    of response owner[i]. Of B pairs, responses 0..B-1 are the chosen, B..2B-1 the rejected ones."""
+    tokens: torch.Tensor     # (N,) ids in a line; a response's last token is a target only, but for a reward model
+    packing: Packing         # how they make sequences
     score_at: torch.Tensor   # (S,)
     targets: torch.Tensor    # (S,)
     owner: torch.Tensor      # (S,)
-    lengths: list            # R real lengths
-    responses: int           # R: B sequences, or 2B for pairs
+    lengths: torch.Tensor    # (R,) scored tokens of each response
+    attended: int            # places that the tokens attend to, in sum
+    rows: list               # the pairs' numbers in the data set
     ends: torch.Tensor = None   # (R,) for a reward model: where the last token of each whole dialogue stands
 
-    def pick(self, hidden):
-        """(R, T, C) hidden states -> (S, C) at the scored places."""
-        return hidden.flatten(0, 1).index_select(0, self.score_at)
+    @property
+    def responses(self):
+        return len(self.lengths)
 
-    def last(self, hidden):
-        """(R, T, C) -> (R, C) at the last token of each dialogue."""
-        return hidden.flatten(0, 1).index_select(0, self.ends)
+    @property
+    def size(self):
+        """What model.flops counts by: tokens, places that they attend to, scored places."""
+        return len(self.tokens), self.attended, len(self.targets)
+
+    def hidden(self, model):
+        """(S, C) a model's final hidden states at the scored places."""
+        return model.hidden(self.tokens, self.packing, self.score_at)
 
     def to(self, device):
-        return replace(self, **{key: value.to(device) for key, value in vars(self).items() if torch.is_tensor(value)})
+        def moved(named):
+            return {name: x.to(device) for name, x in named.items() if torch.is_tensor(x)}
+        return replace(self, packing=self.packing._replace(**moved(self.packing._asdict())), **moved(vars(self)))
 
 
-def collate(prompts, responses, loss_on="response", whole=False):
-    """Lists of R token arrays each -> Batch, scored on the responses or on `all` tokens but the first. This is the one place
-    where targets are shifted: the hidden state at t - 1 predicts token t. Positions come from lengths, never from ids. whole: the
-    last token is in it too, for a reward model to be read there."""
-    rows = [np.concatenate(pair).astype(np.int64) for pair in zip(prompts, responses)]
-    lengths = [len(row) - (not whole) for row in rows]
-    T = max(lengths)
-    tokens = np.zeros((len(rows), T), dtype=np.int64)
-    score_at, targets, owner = [], [], []
-    for r, (row, prompt) in enumerate(zip(rows, prompts)):
-        tokens[r, :lengths[r]] = row[:lengths[r]]
-        first = len(prompt) if loss_on == "response" else 1
-        score_at.append(np.arange(first, len(row)) - 1 + r * T)
-        targets.append(row[first:])
-        owner.append(np.full(len(row) - first, r))
-    ends = torch.arange(len(rows)) * T + torch.tensor(lengths) - 1
-    return Batch(*(torch.from_numpy(x) for x in (tokens, *map(np.concatenate, (score_at, targets, owner)))), lengths, len(rows),
-                 ends if whole else None)
+def collate(dialogues, loss_on="response", whole=False, rows=()):
+    """B lists of token arrays, [prompt, response, ...], each with the same number of responses -> Batch of all prompts' first
+    responses, then all second ones. A prompt's tokens are there once; its responses' positions go on behind it.
+
+    Scored on the responses or on `all` tokens but the first. This is the one place where targets are shifted: the hidden state
+    of the token before it predicts a token. whole: the last token is in it too, for a reward model to be read there.
+    """
+    tokens, positions, start = [], [], 0
+    sequences, targets = [], []   # of every response: where its dialogue's tokens stand, and what they predict
+    for prompt, *responses in dialogues:
+        tokens.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        stem = start + positions[-1]
+        start += len(prompt)
+        for response in responses:
+            n = len(response) - (not whole)
+            tokens.append(response[:n])
+            positions.append(len(prompt) + np.arange(n))
+            sequences.append(np.concatenate((stem, start + np.arange(n))))
+            targets.append(np.concatenate((prompt[1:], response)) if loss_on == "all" else response)
+            start += n
+    each = len(dialogues[0]) - 1
+    sequences, targets = ([found[i] for k in range(each) for i in range(k, len(found), each)] for found in (sequences, targets))
+    shapes, places, back = rectangles(sequences, start)
+    score_at = [sequence[:len(sequence) - whole][-len(scored):] for sequence, scored in zip(sequences, targets)]
+    owner = [np.full(len(scored), r) for r, scored in enumerate(targets)]
+    tokens, positions, *scored = (torch.from_numpy(np.concatenate(x).astype(np.int64))
+                                  for x in (tokens, positions, score_at, targets, owner))
+    return Batch(tokens, Packing(positions, shapes, places, back), *scored,
+                 torch.tensor([len(t) for t in targets]), int(positions.sum()) + start, list(rows),
+                 torch.tensor([sequence[-1] for sequence in sequences]) if whole else None)
+
+
+def rectangles(sequences, n):
+    """Sequences, arrays of the numbers of n tokens, in at most RECTANGLES rectangles, the most alike in length together: all of
+    Packing but the positions."""
+    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
+    shapes, places, back, start = [], [], np.empty(n, dtype=np.int64), 0
+    for group in np.array_split(order, min(RECTANGLES, len(order))):
+        T = max(len(sequences[r]) for r in group)
+        for r in group:
+            back[sequences[r]] = start + np.arange(len(sequences[r]))
+            places.append(np.pad(sequences[r], (0, T - len(sequences[r]))))
+            start += T
+        shapes.append((len(group), T))
+    return tuple(shapes), torch.from_numpy(np.concatenate(places)), torch.from_numpy(back)
 
 
 def sft_batch(tokens, rows, loss_on="response"):
     """The chosen dialogues of these rows."""
-    prompts, chosen, _ = zip(*(tokens[i] for i in rows))
-    return collate(prompts, chosen, loss_on)
+    return collate([tokens[i][:2] for i in rows], loss_on, rows=rows)
 
 
 def pair_batch(tokens, rows):
-    """Both dialogues of these rows: B chosen, then B rejected."""
-    prompts, chosen, rejected = zip(*(tokens[i] for i in rows))
-    return collate(prompts * 2, chosen + rejected)
+    """Both dialogues of these rows: B chosen, then B rejected responses."""
+    return collate([tokens[i] for i in rows], rows=rows)
 
 
 def reward_batch(tokens, rows, which=("chosen", "rejected")):
     """The whole dialogues of these rows: all chosen ones, then all rejected ones; or only those of `which`."""
-    picked, column = [tokens[i] for i in rows], {"chosen": 1, "rejected": 2}
-    return collate([pair[0] for _ in which for pair in picked], [pair[column[w]] for w in which for pair in picked], whole=True)
+    columns = [("prompt", "chosen", "rejected").index(w) for w in ("prompt", *which)]
+    return collate([[tokens[i][c] for c in columns] for i in rows], whole=True, rows=rows)
 
 
-def epoch_order(lengths, size, seed, epoch):
-    """The micro-batches of an epoch, a list of index arrays, from (seed, epoch) alone: shuffle the rows, sort each window of 50
-    micro-batches by length, cut it up, shuffle the micro-batches. Every row stands in exactly one; only one may be short."""
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    window = 50 * size
-    order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in
-                            (order[i:i + window] for i in range(0, len(order), window))])
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def epoch_order(n, size, seed, epoch):
+    """The micro-batches of an epoch of n rows, a list of index arrays, from (seed, epoch) alone. Every row stands in exactly one;
+    only the last may be short. Lengths are mixed: nothing is padded, and the longest together would need the most memory."""
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return [order[i:i + size] for i in range(0, n, size)]
 
 
 class Order:
@@ -408,8 +440,16 @@ class Order:
     def __getitem__(self, i):
         epoch, i = divmod(i, self.per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.batches = epoch, epoch_order(self.lengths, self.size, self.seed, epoch)
+            self.epoch, self.batches = epoch, epoch_order(len(self.lengths), self.size, self.seed, epoch)
         return self.batches[i]
+
+    def first(self, n):
+        """The rows in the first n micro-batches."""
+        return np.unique(np.concatenate([self[i] for i in range(n)] or [[]])).astype(int)
+
+    def longest(self, n):
+        """The rows of the longest of the first n micro-batches."""
+        return max((self[i] for i in range(n)), key=lambda rows: self.lengths[rows].sum(), default=self[0])
 
     def draw(self, i, rng, n):
         """n micro-batches of the epoch that holds the i-th, drawn anew with replacement."""

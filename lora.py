@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if not self.on:
             return self.base(x)
-        rows = x.reshape(-1, x.size(-1))   # (B T, in): a view of y changed in place would cost the backward pass a copy
+        rows = x.reshape(-1, x.size(-1))   # (N, in): a view of y changed in place would cost the backward pass a copy
         y = self.base(rows)
         # in place: a sum beside y would leave a hole as large as y in the heap, layer after layer; .to: autocast skips addmm_
         y.addmm_(F.linear(self.drop(rows), self.A), self.B.T.to(y.dtype), alpha=self.scale)

@@ -1,9 +1,10 @@
 """
-From hidden states to losses. Pure functions on tensors: no model, no config, no device moves.
+From hidden states to losses. Pure functions on tensors: no config, no device moves.
 
 Everything starts at one function, token_logps: the log-probability of each target given its hidden state. It meets only the
-rows that are scored, a chunk of them at a time, and computes each chunk's logits again in the backward pass, so that a
-matrix of (tokens, 50257) never exists as a whole. SFT, DPO and CDPO are a few lines on top of it.
+rows that are scored, a chunk of them at a time, so that a matrix of (tokens, 50257) never exists as a whole. DPO and the reward
+model differentiate through it, and each chunk's logits are computed again to go back. SFT and CDPO know the factor of every
+log-probability in their loss beforehand, so that one pass over the chunks gives loss and gradient (_Weighted).
 
 Shapes: S scored positions, C channels, V vocabulary, B pairs. `owner` (S,) says which of the 2B responses a position belongs
 to; the B chosen ones come first, then the B rejected ones. "logp" is of a token, "logps" of a whole response.
@@ -14,51 +15,110 @@ from torch.nn import functional as F
 CHUNK = 6_000_000   # logits per chunk: 24 MB in fp32. Above 32 MB glibc maps each buffer anew, which costs more than the product
 
 
-class _Head(torch.autograd.Function):
-    """(S, C) hidden states -> (S,) log-probabilities of the targets and, given a frozen reference, CDPO's R_t (S,).
+class _Logp(torch.autograd.Function):
+    """(S, C) hidden states -> (S,) log-probabilities of the targets.
 
-    forward keeps only its inputs; backward goes over the chunks again. With f a chunk's loss and d = df / dlogp (s, V), the
-    gradient at the logits is d - softmax * (sum of d over the vocabulary), since logp = z - logsumexp(z).
+    The gradient at the logits is d (onehot - softmax), d = dL / dlogp, a number for each position. A frozen matrix (LoRA) needs
+    that of the hidden states only, whose rows d scales: forward computes them for d = 1 at once. Else only the inputs are kept,
+    and backward goes over the chunks again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ref_hidden, ref_weight, beta):
-        ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight)
-        ctx.beta, ctx.matmul_dtype = beta, matmul_dtype(hidden, weight)
-        logp_of_target, regularizer = [], []
+    def forward(ctx, hidden, weight, targets, grad):
+        ctx.dtype, found = matmul_dtype(hidden, weight), []
+        at_once = torch.empty_like(hidden) if grad and not ctx.needs_input_grad[1] else None
+        out = room(hidden, weight, ctx.dtype)
         for rows in chunks(len(hidden), len(weight)):
-            logp = log_softmax(hidden[rows], weight, ctx.matmul_dtype)   # (s, V)
-            logp_of_target.append(logp.gather(1, targets[rows, None]).squeeze(1))
-            if ref_hidden is not None:
-                ref_logp = log_softmax(ref_hidden[rows], ref_weight, ctx.matmul_dtype)
-                regularizer.append(cdpo_regularizer(logp, ref_logp, targets[rows], beta))
-        return torch.cat(logp_of_target), torch.cat(regularizer) if regularizer else None
+            logp, target = log_softmax(hidden[rows], weight, ctx.dtype, out), targets[rows, None]   # (s, V)
+            found.append(logp.gather(1, target).squeeze(1))
+            if at_once is not None:
+                d = logp.exp_().neg_().scatter_add_(1, target, torch.ones_like(logp[:, :1]))
+                at_once[rows] = d.to(ctx.dtype) @ weight.to(ctx.dtype)
+        ctx.save_for_backward(*((at_once,) if at_once is not None else (hidden, weight, targets)))
+        return torch.cat(found)
 
     @staticmethod
-    def backward(ctx, grad_logp, grad_regularizer):
-        hidden, weight, targets, ref_hidden, ref_weight = ctx.saved_tensors
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight) if want_weight else None
+    def backward(ctx, grad_logp):
+        if len(ctx.saved_tensors) == 1:
+            at_once, = ctx.saved_tensors
+            return at_once * grad_logp[:, None].to(at_once.dtype), None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        sums, out = _Gradient(hidden, weight, ctx.dtype, *ctx.needs_input_grad[:2]), room(hidden, weight, ctx.dtype)
         for rows in chunks(len(hidden), len(weight)):
-            logp, target = log_softmax(hidden[rows], weight, ctx.matmul_dtype), targets[rows, None]
+            d = log_softmax(hidden[rows], weight, ctx.dtype, out).exp_().mul_(-grad_logp[rows, None])
+            sums.add(rows, d.scatter_add_(1, targets[rows, None], grad_logp[rows, None]))
+        return sums.hidden, sums.weight, None, None
+
+
+class _Weighted(torch.autograd.Function):
+    """sum over positions of factor logp + share R_t -> that number, and logp and R_t, (S,) each, without a gradient. R_t, CDPO's
+    regulariser, where there is a reference. Loss and gradient in one pass: backward multiplies by the number that arrives.
+
+    With s_v the sigmoid in R_t (cdpo_regularizer), the gradient at log pi(v) is factor at v = y_t and share beta s_v (1 - s_v) /
+    (V - 1) elsewhere; at the logits it is d - softmax * (sum of d over the vocabulary), since logp = z - logsumexp(z).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, factor, ref_hidden, ref_weight, share, beta, grad):
+        dtype, found, regularizer = matmul_dtype(hidden, weight), [], []
+        sums = _Gradient(hidden, weight, dtype, *(grad and need for need in ctx.needs_input_grad[:2]))
+        out, ref_out = room(hidden, weight, dtype), None if ref_hidden is None else room(hidden, weight, dtype)
+        for rows in chunks(len(hidden), len(weight)):
+            logp, target = log_softmax(hidden[rows], weight, dtype, out), targets[rows, None]   # (s, V)
+            found.append(logp.gather(1, target).squeeze(1))
+            f = factor[rows, None].to(logp.dtype)
             if ref_hidden is None:
-                d = torch.zeros_like(logp)
-            else:   # d sigmoid(beta x) / dx = beta s (1 - s), at every token but the realised one; in place, chunks are large
-                ref_logp = log_softmax(ref_hidden[rows], ref_weight, ctx.matmul_dtype)
-                d = torch.sub(logp, ref_logp, out=ref_logp).mul_(ctx.beta).sigmoid_()   # s
-                d.addcmul_(d, d, value=-1).mul_(grad_regularizer[rows, None] * ctx.beta / (logp.size(1) - 1))
-                d.scatter_(1, target, 0.0)
-            d.scatter_add_(1, target, grad_logp[rows, None])
-            d.addcmul_(logp.exp_(), d.sum(1, keepdim=True), value=-1)
-            d = d.to(ctx.matmul_dtype)
-            if want_hidden:
-                grad_hidden[rows] = (d @ weight.to(d.dtype)).to(hidden.dtype)
-            if want_weight and d.dtype == weight.dtype:
-                grad_weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
-            elif want_weight:
-                grad_weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
-        return grad_hidden, grad_weight, None, None, None, None
+                d = logp.exp_().mul_(-f).scatter_add_(1, target, f)
+            else:   # in place, chunks are large
+                s = log_softmax(ref_hidden[rows], ref_weight, dtype, ref_out)
+                torch.sub(logp, s, out=s).mul_(beta).sigmoid_().scatter_(1, target, 0.0)
+                regularizer.append(s.sum(1) / (s.size(1) - 1))
+                d = s.addcmul_(s, s, value=-1).mul_(share[rows, None] * beta / (s.size(1) - 1)).scatter_(1, target, f)
+                d.addcmul_(logp.exp_(), d.sum(1, keepdim=True), value=-1)
+            sums.add(rows, d)
+        ctx.save_for_backward(sums.hidden, sums.weight)
+        logp, regularizer = torch.cat(found), torch.cat(regularizer) if regularizer else None
+        ctx.mark_non_differentiable(*(x for x in (logp, regularizer) if x is not None))
+        return (factor * logp).sum() + (0 if regularizer is None else (share * regularizer).sum()), logp, regularizer
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return *(g if g is None else g.mul_(grad) for g in ctx.saved_tensors), *7 * (None,)
+
+
+class _Shared(torch.autograd.Function):
+    """The losses of B pairs, whose gradient is known for their sum only."""
+
+    @staticmethod
+    def forward(ctx, losses, total):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not (grad == grad[0]).all():
+            raise ValueError("cdpo_loss: only a multiple of the losses' sum can be differentiated, such as their mean")
+        return None, grad[0]
+
+
+class _Gradient:
+    """The sums that a pass over the chunks builds up: d @ weight is a chunk's gradient of its hidden states, d.T @ hidden what it
+    adds to that of the matrix, with d (s, V) the gradient at the logits."""
+
+    def __init__(self, hidden, weight, dtype, want_hidden, want_weight):
+        self.inputs, self.dtype, self.want_weight = (hidden, weight), dtype, want_weight
+        self.hidden = torch.empty_like(hidden) if want_hidden else None
+        self.weight = None
+
+    def add(self, rows, d):
+        (hidden, weight), d = self.inputs, d.to(self.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = (d @ weight.to(d.dtype)).to(hidden.dtype)
+        if self.want_weight and self.weight is None:
+            self.weight = (d.T @ hidden[rows].to(d.dtype)).to(weight.dtype)
+        elif self.want_weight and d.dtype == weight.dtype:
+            self.weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
+        elif self.want_weight:
+            self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
 
 
 def chunks(n, vocabulary):
@@ -74,11 +134,17 @@ def matmul_dtype(hidden, weight):
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def log_softmax(hidden, weight, dtype):
-    """(s, C), (V, C) -> (s, V) log-probabilities: half types go up to fp32 after the product, fp64 stays."""
+def room(hidden, weight, dtype):
+    """For the logits of one chunk after the other. A new buffer for each would leave holes in the heap that nothing fills."""
+    return torch.empty(min(len(hidden), max(1, CHUNK // len(weight))), len(weight), dtype=dtype, device=hidden.device)
+
+
+def log_softmax(hidden, weight, dtype, out):
+    """(s, C), (V, C) -> (s, V) log-probabilities: half types go up to fp32 after the product, fp64 stays. In `out`, a room()."""
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.to(dtype), weight.to(dtype))
-    return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(dtype, torch.float32))
+        logits = torch.mm(hidden.to(dtype), weight.to(dtype).T, out=out[:len(hidden)])
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.log_softmax(logits, 1, out=logits) if wide == dtype else torch.log_softmax(logits, 1, dtype=wide)
 
 
 def token_logps(hidden, weight, targets):
@@ -86,7 +152,7 @@ def token_logps(hidden, weight, targets):
     hidden[i] is the state *before* targets[i] (data.Batch does it, in one place)."""
     if not len(hidden) == len(targets):
         raise ValueError(f"{len(hidden)} hidden states for {len(targets)} targets")
-    return _Head.apply(hidden, weight, targets, None, None, None)[0]
+    return _Logp.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad)
 
 
 def sequence_logps(logps, owner, n):
@@ -101,13 +167,15 @@ def response_logps(hidden, weight, batch):
 
 def batch_logps(model, batch):
     """The same from the model."""
-    return response_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch)
+    return response_logps(batch.hidden(model), model.wte.weight, batch)
 
 
 def sft_loss(hidden, weight, targets, normaliser):
     """Negative log-likelihood over a micro-batch, divided by `normaliser`: the number of scored tokens of the *whole*
     accumulated step. A mean of micro-batch means would weigh the tokens of short micro-batches more."""
-    return -token_logps(hidden, weight, targets).sum() / normaliser
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    factor = torch.full(targets.shape, -1 / normaliser, dtype=wide, device=hidden.device)
+    return _Weighted.apply(hidden, weight, targets, factor, None, None, None, None, torch.is_grad_enabled())[0]
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
@@ -140,15 +208,22 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
     leaves open how positions and responses combine; FORMULAS section 4 says what our choice means.
 
     hidden, ref_hidden (S, C); weight, ref_weight (V, C); targets, owner (S,); ref_logps (2B,).
-    Returns losses (B,), regularizer (B,), logps (2B,).
+    Returns losses (B,), regularizer (B,), logps (2B,). Only a multiple of losses.sum() can be differentiated: the gradient is
+    computed here, in two phases. The first finds the responses' log-probabilities and with them each one's factor in L_DPO's
+    gradient; in the second, which alone needs the reference, all is known.
     """
     n = len(ref_logps)
-    logp, r = _Head.apply(hidden, weight, targets, ref_hidden, ref_weight, beta)
-    logps = sequence_logps(logp, owner, n)
-    lengths = torch.bincount(owner, minlength=n)
+    with torch.no_grad():
+        logps = sequence_logps(token_logps(hidden, weight, targets), owner, n)
+    with torch.enable_grad():
+        leaf = logps.requires_grad_()
+        losses, _, _ = dpo_loss(*leaf.chunk(2), *ref_logps.chunk(2), beta)
+        factor, = torch.autograd.grad(losses.sum(), leaf)
+    lengths = sequence_logps(torch.ones_like(owner, dtype=logps.dtype), owner, n)
+    total, _, r = _Weighted.apply(hidden, weight, targets, factor[owner], ref_hidden, ref_weight, (gamma / 2 / lengths)[owner],
+                                  beta, torch.is_grad_enabled())
     regularizer = (sequence_logps(r, owner, n) / lengths).view(2, -1).mean(0)
-    losses, _, _ = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), beta)
-    return losses + gamma * regularizer, regularizer, logps
+    return _Shared.apply(losses.detach() + gamma * regularizer, total), regularizer, logps.detach()
 
 
 def reward_loss(chosen_rewards, rejected_rewards):
@@ -158,9 +233,11 @@ def reward_loss(chosen_rewards, rejected_rewards):
 
 def batch_rewards(model, batch):
     """The rewards of the dialogues of a data.reward_batch, (R,)."""
-    hidden = model.hidden(batch.tokens)
-    logps = response_logps(batch.pick(hidden), model.wte.weight, batch) if model.likelihood else None
-    return model.rewards(batch.last(hidden), logps)
+    if not model.likelihood:
+        return model.rewards(model.hidden(batch.tokens, batch.packing, batch.ends))
+    hidden = model.hidden(batch.tokens, batch.packing, torch.cat((batch.score_at, batch.ends)))
+    scored, last = hidden.split((len(batch.targets), batch.responses))
+    return model.rewards(last, response_logps(scored, model.wte.weight, batch))
 
 
 def wins(a, b, slack=0.0):
@@ -182,8 +259,9 @@ def divergences(hidden, weight, ref_hidden, ref_weight, targets, beta):
     """How two models differ at the same positions, over the whole vocabulary, each (S,): entropy of pi, KL(pi || ref) and
     KL(ref || pi) in nats, and CDPO's R_t."""
     dtype, found = matmul_dtype(hidden, weight), []
+    out, ref_out = room(hidden, weight, dtype), room(hidden, weight, dtype)
     for rows in chunks(len(hidden), len(weight)):
-        logp, ref_logp = log_softmax(hidden[rows], weight, dtype), log_softmax(ref_hidden[rows], ref_weight, dtype)
+        logp, ref_logp = log_softmax(hidden[rows], weight, dtype, out), log_softmax(ref_hidden[rows], ref_weight, dtype, ref_out)
         p, ratio = logp.exp(), logp - ref_logp
         found.append((-(p * logp).sum(1), (p * ratio).sum(1), -(ref_logp.exp() * ratio).sum(1),
                       cdpo_regularizer(logp, ref_logp, targets[rows], beta)))

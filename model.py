@@ -2,15 +2,16 @@
 GPT-2 in one file: the network, a KV-cached generate, and weights in and out.
 
     model = load("gpt2")                      # a size, one of our runs or checkpoints, or a Hugging Face folder or repository
+    logits = model(idx)                       # (B, T) token ids -> (B, T, V)
     hidden = model.hidden(idx)                # (B, T, C) after the final LayerNorm, no logits yet
-    logits = model(idx)                       # (B, T, V)
+    hidden = model.hidden(ids, packing, at)   # the same without padding, and only where it is read: (S, C)
     python model.py runs/dpo my-gpt2          # export: a folder that transformers' from_pretrained loads
 
 Letters, here and everywhere: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs head size.
 Parameters carry the names of the published GPT-2 weights. Two differences from them: every matrix is an
 nn.Linear (out, in), where theirs is a Conv1D (in, out), and the head is the token embedding itself, so it is
-stored once. The training scripts never call forward(): they put the vocabulary matrix only to the
-positions that are scored (losses.py).
+stored once. The training scripts never call forward(): their micro-batches are packed (Packing), and the
+vocabulary matrix meets only the positions that are scored (losses.py).
 """
 import contextlib
 import json
@@ -18,10 +19,13 @@ import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from files import (InputError, download, read_checkpoint, read_json, read_safetensors, torch_load, write_atomically,
                    write_safetensors)
@@ -58,6 +62,17 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class Packing(NamedTuple):
+    """How N tokens in a line, without padding, make sequences. The matrices see every token once, (N, C). Attention sees a few
+    rectangles (B, T), each with sequences of similar length, padded on the right; M places in all. The responses to one prompt
+    share its tokens: these stand in several sequences and, since they see only themselves, are the same in each (Wang & Hegde
+    2024, arXiv 2410.20305)."""
+    positions: torch.Tensor   # (N,) of each token in its sequence
+    shapes: tuple             # the rectangles' (B, T)
+    places: torch.Tensor      # (M,) the token that stands there; behind a sequence's end any, no real token sees it
+    back: torch.Tensor        # (N,) a place of each token, to read attention's output from
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -65,18 +80,25 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache, layer):
-        B, T, C = x.size()
+    def forward(self, x, packing, at, cache, layer):
+        if packing is None:
+            return self.c_proj(self.attend(self.c_attn(x), cache, layer))
+        parts = F.embedding(packing.places, self.c_attn(x)).split([B * T for B, T in packing.shapes])   # (N, 3C) -> (M, 3C)
+        y = [self.attend(part.view(*shape, -1)).flatten(0, 1) for part, shape in zip(parts, packing.shapes)]
+        return self.c_proj(F.embedding(packing.back if at is None else packing.back[at], torch.cat(y)))   # (M, C) -> (N, C)
+
+    def attend(self, qkv, cache=None, layer=None):
+        """(B, T, 3C) -> (B, T, C)"""
+        B, T, C = *qkv.shape[:2], qkv.size(2) // 3
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # each (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=2))
+                   for part in qkv.split(C, dim=2))
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(layer, k, v)
         # causal, but for a single new token, which sees all. Padding sits on the right, where no real token can see it
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)   # heads side by side again
-        return self.c_proj(y)
+        return y.transpose(1, 2).reshape(B, T, C)   # heads side by side again
 
 
 class MLP(nn.Module):
@@ -85,8 +107,21 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, x, lean):
+        """lean: GELU's output, 4C of 17C numbers that a layer would keep of a token, is computed again in the backward pass."""
+        h = self.c_fc(x)
+        y = F.gelu(h, approximate="tanh")
+        if not lean:
+            return self.c_proj(y)
+        output = y.untyped_storage()._cdata
+
+        def pack(t):
+            return t.shape if t.untyped_storage()._cdata == output else t
+
+        def unpack(t):
+            return F.gelu(h, approximate="tanh").view(t) if isinstance(t, torch.Size) else t
+        with saved_tensors_hooks(pack, unpack):
+            return self.c_proj(y)
 
 
 class Block(nn.Module):
@@ -98,9 +133,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache, layer):
-        x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, packing=None, at=None, cache=None, layer=None, lean=False):
+        x = (x if at is None else F.embedding(at, x)) + self.drop(self.attn(self.ln_1(x), packing, at, cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x), lean))
 
 
 def embedding(n, width):
@@ -115,7 +150,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise InputError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        self.config = config
+        self.config, self.checkpoint_activations = config, False   # True: a block's inputs are kept, the rest computed again
         self.wte = embedding(config.vocab_size, config.n_embd)   # tokens, and the head
         self.wpe = embedding(config.block_size, config.n_embd)   # positions
         self.drop = nn.Dropout(config.dropout)
@@ -132,15 +167,26 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None):
-        """idx (B, T) token ids -> (B, T, C) final hidden states, one matrix product short of the logits."""
-        B, T = idx.size()
-        pos = torch.arange(T, device=idx.device).expand(B, T) if cache is None else cache.positions(T)   # (B, T)
+    def hidden(self, idx, packing=None, at=None, cache=None):
+        """Final hidden states, one matrix product short of the logits.
+
+        idx (B, T) token ids -> (B, T, C). Or packed ones (N,) with their Packing -> (N, C), or with places `at` (S,) -> (S, C):
+        the last block leaves out what is not read.
+        """
+        T = idx.size(-1) if packing is None else max(T for _, T in packing.shapes)
         if cache is None and T > self.config.block_size:
             raise InputError(f"a sequence of {T} tokens does not fit block_size {self.config.block_size}")
+        if packing is not None:
+            pos = packing.positions
+        else:
+            pos = torch.arange(T, device=idx.device).expand(idx.shape) if cache is None else cache.positions(T)
         x = self.drop(self.wte(idx) + self.wpe(pos))
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+            read = at if layer == len(self.h) - 1 else None
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, packing, read, use_reentrant=False)
+            else:
+                x = block(x, packing, read, cache, layer, lean=torch.is_grad_enabled())
         return self.ln_f(x)
 
     def forward(self, idx):
@@ -192,14 +238,15 @@ def reward_model(model, likelihood=False):
     return build(model.config, {**model.state_dict(), **head}, "the model", RewardModel)
 
 
-def flops(config, lengths, scored, backward=False, rank=0):
-    """FLOPs of a forward pass over sequences of these lengths with the head at `scored` positions, or of forward and backward: 2
-    per weight and token, 4 C per layer and attended position, and twice that to go back. With LoRA of this rank, frozen matrices
-    need the gradient of their input only (FORMULAS.md section 10)."""
-    tokens, attended = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
-    matrices = 24 * config.n_layer * config.n_embd ** 2 * tokens + 2 * config.vocab_size * config.n_embd * scored
-    adapters = 32 * config.n_layer * config.n_embd * rank * tokens   # in + out of the four adapted layers: 16 C
-    attention = 4 * config.n_layer * config.n_embd * attended
+def flops(config, tokens, attended, scored, head=None, backward=False, rank=0):
+    """FLOPs of a forward pass over packed tokens that is read at `scored` places, by the vocabulary matrix at `head` of them (all
+    unless given); or of forward and backward. 2 per weight and token, 4 C per layer and attended place, and twice that to go
+    back; with LoRA of this rank, frozen matrices need the gradient of their input only (FORMULAS.md section 10). The last block's
+    matrices behind attention meet scored places only."""
+    C, head = config.n_embd, scored if head is None else head
+    matrices = 24 * config.n_layer * C ** 2 * tokens - 18 * C ** 2 * (tokens - scored) + 2 * config.vocab_size * C * head
+    adapters = 2 * rank * C * (16 * config.n_layer * tokens - 12 * (tokens - scored))   # in + out of c_proj, c_fc, c_proj: 12 C
+    attention = 4 * config.n_layer * C * attended
     if not backward:
         return matrices + adapters + attention
     return (2 if rank else 3) * matrices + 3 * (adapters + attention)
@@ -315,7 +362,7 @@ def _generate(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, g
     try:
         with packed_weights(model, len(prompts)) as head:
             for _ in range(max_new_tokens):
-                h = model.hidden(x, cache)
+                h = model.hidden(x, cache=cache)
                 h = h[:, 0] if cache.end else h[torch.arange(len(h), device=device), cache.lengths - 1]   # (B, C)
                 cache.advance(x.size(1))
                 tokens = sample(head(h), temperature, top_k, top_p, generator)

@@ -69,6 +69,7 @@ class Config:
     eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker
     save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
     keep_every: int | None = None             # steps between models that stay, step-100.pt and so on; none unless given
+    checkpoint_activations: bool = False      # keep only the blocks' inputs and compute the rest again: less memory, slower
     log_every: int = 10                       # steps between lines of metrics and of progress
     variance_every: int | None = None         # steps between probes of the noise in the updates; none unless given
 
@@ -189,6 +190,16 @@ def setup(cfg):
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and auto
     return device, (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
+
+
+def rehearse(losses, optimizer, state, device):
+    """Run the first of these losses forward and backward and forget it, with the `state` bytes of the optimizer in memory: what
+    does not fit fails before the first step. Draws nothing from torch's generators that a later draw would miss."""
+    with torch.random.fork_rng():
+        held = torch.empty(state, dtype=torch.uint8, device=device)
+        next(losses).backward()
+        optimizer.zero_grad(set_to_none=True)
+        del held
 
 
 def count_steps(cfg, examples):

@@ -6,13 +6,12 @@ Direct preference optimisation (DPO), and its conservative variant CDPO: a model
     python train_dpo.py --init runs/sft-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_dpo.py --lora-rank 8 --lr 1e-3           # adapters beside frozen weights (lora.py)
 
-The reference is a frozen copy of --init, run beside the policy; with LoRA it is the policy with its adapters off: one model in
-memory. Both see every pair with dropout off. Before the first step they are the same model, so the loss must be log 2 and every
-pair a tie; the script checks that.
+The reference is --init as it was. What it says of the training pairs is computed once and cached (reference.py), so that there is
+one model in memory; with LoRA it is the policy with its adapters off. Both see every pair with dropout off. Before the first step
+they are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
 
-Simplified: one process, one GPU; the reference is computed anew every epoch; prompt and response of a pair run twice.
+Simplified: one process, one GPU.
 """
-import contextlib
 import copy
 import math
 import time
@@ -27,6 +26,7 @@ import losses
 import model as gpt
 import optim
 import plots
+import reference
 import runs
 import variance
 from files import InputError, fingerprint
@@ -43,16 +43,14 @@ class Config(runs.Config):
     loss: Literal["dpo", "cdpo"] = "dpo"   # cdpo adds gamma times a regulariser over the whole vocabulary
     beta: float = 0.5                      # how many nats of log-ratio make one unit of reward
     gamma: float = 1.0                     # weight of CDPO's regulariser
+    reference: Literal["auto", "cache", "live"] = "auto"   # computed once and kept on disk, or run beside the policy
     label_smoothing: float = 0.0           # share of pairs that are taken to be labelled wrong; for --loss dpo
 
 
 def pair_losses(cfg, model, reference, batch):
-    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,).
-    reference: a function to a context in which the reference model is there."""
-    hidden = batch.pick(model.hidden(batch.tokens))
-    with reference() as ref, torch.no_grad():
-        ref_hidden, ref_weight = batch.pick(ref.hidden(batch.tokens)), ref.wte.weight
-        ref_logps = losses.response_logps(ref_hidden, ref_weight, batch)
+    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
+    hidden = batch.hidden(model)
+    ref_logps, ref_hidden, ref_weight = reference(batch)
     if cfg.loss == "cdpo":
         cdpo, _, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden, ref_weight, ref_logps,
                                           cfg.beta, cfg.gamma)
@@ -64,27 +62,26 @@ def pair_losses(cfg, model, reference, batch):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, reference, autocast, valid):
+def evaluate(cfg, model, live, autocast, valid):
     """The plain DPO loss and both accuracies on held-out pairs, so that DPO and CDPO runs compare; how far the policy has moved
-    there over the whole vocabulary; and what it says when it is sampled, with the exact KL of each position summed."""
+    there over the whole vocabulary; and what it says when it is sampled, with the exact KL of each position summed. live: a
+    reference that is not a cache, since what is sampled is new."""
     def both(batch):
         batch = batch.to(model.wte.weight.device)
-        heads = [(batch.pick(model.hidden(batch.tokens)), model.wte.weight)]
-        with reference() as ref:
-            heads.append((batch.pick(ref.hidden(batch.tokens)), ref.wte.weight))
-        per_token = losses.divergences(*heads[0], *heads[1], batch.targets, cfg.beta)   # entropy, KLs, CDPO's R_t
-        return [losses.response_logps(*head, batch) for head in heads], per_token, batch
+        hidden, (ref_logps, ref_hidden, ref_weight) = batch.hidden(model), live(batch)
+        per_token = losses.divergences(hidden, model.wte.weight, ref_hidden, ref_weight, batch.targets, cfg.beta)
+        return losses.response_logps(hidden, model.wte.weight, batch), ref_logps, per_token, batch
 
     pairs, per_token, regularizer = [], [], []
     with autocast():
         for rows in data.in_order(valid, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
-            (logps, ref_logps), (entropy, _, kl, r), batch = both(data.pair_batch(valid, rows))
+            logps, ref_logps, (entropy, _, kl, r), batch = both(data.pair_batch(valid, rows))
             pairs.append((*logps.chunk(2), *ref_logps.chunk(2)))
             per_token.append((entropy, kl))
-            regularizer.append(losses.sequence_logps(r, batch.owner, batch.responses) / torch.bincount(batch.owner))
+            regularizer.append(losses.sequence_logps(r, batch.owner, batch.responses) / batch.lengths)
         answers = data.sample_answers(model, valid, cfg.seed, cfg.eval_answers)
         if answers:
-            _, (_, sampled_kl, _, _), _ = both(data.collate([valid[i][0] for i in range(len(answers))], answers))
+            _, _, (_, sampled_kl, _, _), _ = both(data.collate([(valid[i][0], answer) for i, answer in enumerate(answers)]))
         chosen, rejected, ref_chosen, ref_rejected = logps = [torch.cat(part) for part in zip(*pairs)]
         won = losses.reward_wins(*logps)
     loss, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps, cfg.beta)
@@ -99,6 +96,16 @@ def evaluate(cfg, model, reference, autocast, valid):
         "ties": (won == 0.5).float().mean(), **({"val_kl": sampled_kl.sum() / len(answers)} if answers else {}),
         **data.describe_answers(answers)}
     return {key: float(value) for key, value in found.items()}, data.show(model, valid, answers)
+
+
+def again(cfg, init_sha256, device):
+    """--init once more: the reference of a run that keeps only its cache, for as long as an evaluation takes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(cfg.seed)   # as when it was first read: --init mini is drawn
+        model = gpt.load(cfg.init, block_size=cfg.block_size)
+    if fingerprint(model.state_dict()) != init_sha256:
+        raise InputError(f"--init {cfg.init} is not what it was when the run began")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def check_start(found):
@@ -127,15 +134,9 @@ def main(cfg):
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, block_size=cfg.block_size).to(device).eval()
-    init_sha256 = fingerprint(model.state_dict())
+    init_sha256, model.checkpoint_activations = fingerprint(model.state_dict()), cfg.checkpoint_activations
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_bias, init_sha256)
-        def reference():
-            return lora.adapters_off(model)
-    else:
-        second = copy.deepcopy(model).requires_grad_(False)
-        def reference():
-            return contextlib.nullcontext(second)
 
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
@@ -144,37 +145,65 @@ def main(cfg):
     steps = runs.count_steps(cfg, len(train))
     longer = data.longer_wins(valid)
 
+    # ---- reference ---------------------------------------------------------------------------------------------------
+    cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
+    second = None if cached or cfg.lora_rank else copy.deepcopy(model).requires_grad_(False)
+
+    def live():
+        """The reference beside the policy: the policy with its adapters off, a second model, or one for the time being."""
+        return reference.live(model if cfg.lora_rank else second or again(cfg, init_sha256, device))
+    if cached:
+        with autocast():
+            head = model.wte.weight.detach()
+            look = reference.Cache(train, {"model": init_sha256, "dtype": str(losses.matmul_dtype(head, head))},
+                                   None if cfg.loss == "dpo" else head if cfg.lora_rank else head.clone())
+    else:
+        look = live()
+
     # ---- optimizer ---------------------------------------------------------------------------------------------------
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
-    what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
-    size = optim.footprint(cfg.optimizer, model)
-    run.say(f"{what}, of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
-            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
-            f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
-            f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
-    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
-              device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
-
-    # ---- loop --------------------------------------------------------------------------------------------------------
+    # ---- micro-batches -----------------------------------------------------------------------------------------------
     def micro_batches(rows):
         return [data.pair_batch(train, r).to(device) for r in rows]
+
+    def look_flops(batch):   # what the reference costs: a forward pass, CDPO's product with the head alone, nothing
+        if not cached:
+            return gpt.flops(model.config, *batch.size)
+        return gpt.flops(model.config, 0, 0, 0, len(batch.targets)) if cfg.loss == "cdpo" else 0
 
     def micro_losses(batches):
         """(loss, margin, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
         pairs = sum(batch.responses for batch in batches) // 2
         for batch in batches:
             with autocast():
-                loss, margin, won = pair_losses(cfg, model, reference, batch)
+                loss, margin, won = pair_losses(cfg, model, look, batch)
             yield loss.sum() / pairs, margin.sum() / pairs, won.sum() / pairs
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
         return (loss for loss, _, _ in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))
 
+    # ---- begin -------------------------------------------------------------------------------------------------------
+    what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
+    size = optim.footprint(cfg.optimizer, model)
+    run.say(f"{what}, of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
+            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
+            f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
+            f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
+    longest = order.longest(steps * cfg.accumulate)
+    runs.rehearse((loss for loss, *_ in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
+    if cached:   # the policy is the reference still; a variance probe draws from all pairs
+        met = range(len(train)) if cfg.variance_every else order.first(steps * cfg.accumulate)
+        with autocast():
+            look.fill(met, 4 * cfg.micro_batch, reference.live(model), device, run.say)
+    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
+              device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
         if run.evaluation_due():
-            found, samples = evaluate(cfg, model, reference, autocast, valid)
+            found, samples = evaluate(cfg, model, live(), autocast, valid)
             if run.at["step"] == 0:
                 check_start(found)
             if run.evaluated("val_dpo_loss", found, samples):
@@ -205,9 +234,9 @@ def main(cfg):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
-                    tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(gpt.flops(model.config, b.lengths, len(b.targets), True, cfg.lora_rank)   # the policy
-                              + gpt.flops(model.config, b.lengths, len(b.targets)) for b in batches),   # the reference
+                    tokens=sum(len(b.tokens) for b in batches),
+                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) + look_flops(b)
+                              for b in batches),
                     train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin,
                     grad_norm=sum(norms) / len(norms), lr=lr)
 

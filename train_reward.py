@@ -15,7 +15,7 @@ By default the head reads one number more, the response's log-probability to thi
 ours and not the textbook's; our tiny model needs it to tell right from wrong (the README has figures).
 The calibration on training pairs is in-sample: an SFT run has seen their labels.
 
-Simplified: one process, one GPU; the prompt of a pair runs twice.
+Simplified: one process, one GPU.
 """
 import math
 import time
@@ -129,6 +129,7 @@ def main(cfg):
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = gpt.reward_model(model, likelihood=cfg.head == "likelihood")
+    model.checkpoint_activations = cfg.checkpoint_activations
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias)
 
@@ -136,14 +137,7 @@ def main(cfg):
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
-    size = optim.footprint(cfg.optimizer, model)
-    run.say(f"reward model from {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
-            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
-            f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}, log-prob of {cfg.init} {likelier:.3f}")
-    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
-              device=str(device), data=counts, baseline_longer_wins=longer, baseline_sft_logps=likelier, val_pairs=len(valid))
-
-    # ---- loop --------------------------------------------------------------------------------------------------------
+    # ---- micro-batches -----------------------------------------------------------------------------------------------
     def micro_batches(rows):
         return [data.reward_batch(train, r).to(device) for r in rows]
 
@@ -166,6 +160,17 @@ def main(cfg):
         model.center = torch.zeros_like(model.center)
         return states
 
+    # ---- begin -------------------------------------------------------------------------------------------------------
+    size = optim.footprint(cfg.optimizer, model)
+    run.say(f"reward model from {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
+            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
+            f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}, log-prob of {cfg.init} {likelier:.3f}")
+    longest = order.longest(steps * cfg.accumulate)
+    runs.rehearse((loss for loss, *_ in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
+    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
+              device=str(device), data=counts, baseline_longer_wins=longer, baseline_sft_logps=likelier, val_pairs=len(valid))
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
         if run.evaluation_due():
             found, wrong = evaluate(cfg, model, autocast, train[:cfg.eval_samples], valid)
@@ -201,9 +206,9 @@ def main(cfg):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
-                    tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(gpt.flops(model.config, b.lengths, model.likelihood * len(b.targets), True, cfg.lora_rank)
-                              for b in batches),
+                    tokens=sum(len(b.tokens) for b in batches),
+                    flops=sum(gpt.flops(model.config, len(b.tokens), b.attended, b.responses + model.likelihood * len(b.targets),
+                                        model.likelihood * len(b.targets), True, cfg.lora_rank) for b in batches),
                     train_loss=train_loss, train_reward_accuracy=train_won, grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()

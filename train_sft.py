@@ -5,7 +5,7 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
     python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_sft.py --init ... --lora-rank 8 --lr 5e-3      # adapters beside frozen weights (lora.py)
 
-Simplified: one process, one GPU; a micro-batch is a padded rectangle.
+Simplified: one process, one GPU.
 """
 import math
 import time
@@ -46,7 +46,7 @@ def evaluate(cfg, model, autocast, train, valid):
             nll = scored = 0
             for rows in data.in_order(tokens, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
                 batch = data.sft_batch(tokens, rows, cfg.loss_on).to(device)
-                logps = losses.token_logps(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets)
+                logps = losses.token_logps(batch.hidden(model), model.wte.weight, batch.targets)
                 nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
             found[key] = nll / scored
         logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
@@ -68,7 +68,7 @@ def main(cfg):
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, dropout=cfg.dropout, block_size=cfg.block_size).to(device)
-    init_sha256 = fingerprint(model.state_dict())
+    init_sha256, model.checkpoint_activations = fingerprint(model.state_dict()), cfg.checkpoint_activations
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias, init_sha256)
 
@@ -83,16 +83,7 @@ def main(cfg):
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
-    size = optim.footprint(cfg.optimizer, model)
-    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} dialogues\n"
-            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
-            f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
-    if cfg.lora_rank and cfg.init == "mini":
-        run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
-    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
-              device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
-
-    # ---- loop --------------------------------------------------------------------------------------------------------
+    # ---- micro-batches -----------------------------------------------------------------------------------------------
     def micro_batches(rows):
         return [data.sft_batch(train, r, cfg.loss_on).to(device) for r in rows]
 
@@ -102,12 +93,25 @@ def main(cfg):
         normaliser = sum(len(batch.targets) for batch in batches)
         for batch in batches:
             with autocast():
-                loss = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, normaliser)
+                loss = losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, normaliser)
             yield loss
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
         return micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate)))
 
+    # ---- begin -------------------------------------------------------------------------------------------------------
+    size = optim.footprint(cfg.optimizer, model)
+    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} dialogues\n"
+            f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
+            f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
+    if cfg.lora_rank and cfg.init == "mini":
+        run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
+    longest = order.longest(steps * cfg.accumulate)
+    runs.rehearse(micro_losses(micro_batches([longest])), optimizer, size["optimizer_bytes"], device)
+    run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
+              device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
         if run.evaluation_due():
             found, samples = evaluate(cfg, model, autocast, train[:200], valid)
@@ -139,8 +143,8 @@ def main(cfg):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches),
-                    tokens=sum(sum(b.lengths) for b in batches),
-                    flops=sum(gpt.flops(model.config, b.lengths, len(b.targets), True, cfg.lora_rank) for b in batches),
+                    tokens=sum(len(b.tokens) for b in batches),
+                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) for b in batches),
                     train_loss=train_loss, grad_norm=sum(norms) / len(norms), lr=lr)
 
     return run.end()

@@ -27,6 +27,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import reference
 import runs
 import train_dpo
 from files import InputError
@@ -192,28 +193,26 @@ def stepping(model, optimizer, loss):
 def sft_step(name, rank, bias, tokens, device):
     """SFT on one sequence, every token counts."""
     model, optimizer, autocast = adapted(name, rank, bias, device)
-    ids = torch.randint(model.config.vocab_size, (tokens + 1,)).to(model.wte.weight.device)
+    ids = np.random.default_rng(1).integers(model.config.vocab_size, size=tokens + 1)
+    batch = data.collate([(ids[:1], ids[1:])]).to(model.wte.weight.device)
 
     def loss():
         with autocast():
-            return losses.sft_loss(model.hidden(ids[None, :-1])[0], model.wte.weight, ids[1:], tokens)
+            return losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, tokens)
     return stepping(model, optimizer, loss)
 
 
 def dpo_step(name, rank, bias, tokens, device):
     """DPO on one pair, each dialogue of this many tokens, three quarters of them prompt. Rank 0: a second model as reference."""
     model, optimizer, autocast = adapted(name, rank, bias, device)
-    second = None if rank else copy.deepcopy(model).requires_grad_(False)
-
-    def reference():
-        return lora.adapters_off(model) if rank else contextlib.nullcontext(second)
+    look = reference.live(model if rank else copy.deepcopy(model).requires_grad_(False))
     rng, cut = np.random.default_rng(1), tokens * 3 // 4
     prompt, *responses = (rng.integers(model.config.vocab_size, size=n) for n in (cut, tokens - cut, tokens - cut))
-    batch = data.collate([prompt, prompt], responses).to(model.wte.weight.device)
+    batch = data.collate([(prompt, *responses)]).to(model.wte.weight.device)
 
     def loss():
         with autocast():
-            return train_dpo.pair_losses(train_dpo.Config(), model.eval(), reference, batch)[0].sum()
+            return train_dpo.pair_losses(train_dpo.Config(), model.eval(), look, batch)[0].sum()
     return stepping(model, optimizer, loss)
 
 

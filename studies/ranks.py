@@ -32,6 +32,7 @@ import eval_reward
 import lora
 import minihh
 import model as gpt
+import reference
 import optim
 import plots
 import train_dpo
@@ -108,7 +109,7 @@ def judged(lab, task, what, run, seed):
         lab.keep(f"test/{task}/{what}", judge(task, lab.folder(run), lab.folder(f"start-s{seed}")))
 
 
-def judge(task, folder, reference):
+def judge(task, folder, start):
     """{"loss", "accuracy" (of log-probs, or of rewards in DPO), "right" (share of greedy answers)} on all of the test split."""
     torch.set_num_threads(1)   # two judges at a time
     examples, model = minihh.examples("test"), gpt.load(str(folder)).eval()
@@ -118,8 +119,8 @@ def judge(task, folder, reference):
         cfg = train_sft.Config(eval_answers=0)
         found, _ = train_sft.evaluate(cfg, model, contextlib.nullcontext, tokens[:1], tokens)
     else:
-        cfg, ref = train_dpo.Config(eval_answers=0), gpt.load(str(reference)).eval()
-        found, _ = train_dpo.evaluate(cfg, model, lambda: contextlib.nullcontext(ref), contextlib.nullcontext, tokens)
+        cfg, live = train_dpo.Config(eval_answers=0), reference.live(gpt.load(str(start)).eval())
+        found, _ = train_dpo.evaluate(cfg, model, live, contextlib.nullcontext, tokens)
     answers = eval_reward.answer(eval_reward.Config(), model, [tokens[i][0] for i in range(len(tokens))], 0.0)
     right = [minihh.check(e, eval_reward.as_text(model, a)) for e, a in zip(examples, answers)]
     return {"loss": found[TASKS[task].loss], "accuracy": found[TASKS[task].accuracy], "right": float(np.mean(right))}

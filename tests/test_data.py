@@ -181,24 +181,47 @@ def test_tokenize_agrees_with_plain_lists(size, block_size, gpt2_bpe):
     assert min(responses_cut, prompts_cut, len(pairs) - prompts_cut) >= 10   # every case was really met
 
 
-@pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_collate_agrees_with_labels_of_minus_100(loss_on):
-    """The usual way: labels shaped like the whole rectangle, -100 where nothing is scored, shifted by one."""
-    tokens = random_tokens(7, seed=1)
-    prompts, responses, _ = zip(*(tokens[i] for i in range(7)))
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses))
-    ids, labels = np.zeros((7, width), int), np.full((7, width), -100)
-    for i, (p, r) in enumerate(zip(prompts, responses)):
-        ids[i, :len(p) + len(r)] = [*p, *r]
-        labels[i, (len(p) if loss_on == "response" else 0):len(p) + len(r)] = [*p, *r][len(p) if loss_on == "response" else 0:]
+def rectangles(packing):
+    """The tokens' numbers, a list of rows for each of the rectangles that attention sees."""
+    parts = packing.places.split([B * T for B, T in packing.shapes])
+    return [part.view(shape).tolist() for part, shape in zip(parts, packing.shapes)]
+
+
+@pytest.mark.parametrize("what", ["response", "all", "pairs", "whole"])
+def test_collate_agrees_with_labels_of_minus_100(what):
+    """The usual way: a rectangle of whole dialogues, labels shaped like it, -100 where nothing is scored, shifted by one."""
+    tokens, whole = random_tokens(7, seed=1), what == "whole"
+    dialogues = [(tokens[i][0], tokens[i][k]) for k in ((1, 2) if what in ("pairs", "whole") else (1,)) for i in range(7)]
+    n, width = len(dialogues), max(len(p) + len(r) for p, r in dialogues)
+    ids, labels = np.zeros((n, width), int), np.full((n, width), -100)
+    for i, (p, r) in enumerate(dialogues):
+        first = 0 if what == "all" else len(p)
+        ids[i, :len(p) + len(r)], labels[i, first:len(p) + len(r)] = [*p, *r], [*p, *r][first:]
     ids, labels = ids[:, :-1], labels[:, 1:]
-    batch = data.sft_batch(tokens, range(7), loss_on)
-    # only the places of a row's last token may differ: ids holds it where it would predict nothing
-    filled = np.arange(width - 1) < np.array(batch.lengths)[:, None]
-    assert np.array_equal(batch.tokens.numpy(), np.where(filled, ids, 0))
-    assert batch.score_at.tolist() == np.flatnonzero(labels.reshape(-1) != -100).tolist()
+    batch = (data.pair_batch(tokens, range(7)) if what == "pairs" else data.reward_batch(tokens, range(7)) if whole
+             else data.sft_batch(tokens, range(7), what))
+    line, positions = batch.tokens.numpy(), batch.packing.positions.numpy()
+    # what is scored: the same targets in the same order, each at the token before it, at that one's place in its row
     assert batch.targets.tolist() == labels[labels != -100].tolist()
     assert batch.owner.tolist() == np.nonzero(labels != -100)[0].tolist()
+    assert positions[batch.score_at].tolist() == np.nonzero(labels != -100)[1].tolist()
+    assert line[batch.score_at].tolist() == ids[labels != -100].tolist()
+    assert batch.lengths.tolist() == (labels != -100).sum(1).tolist() and batch.responses == n and batch.rows == list(range(7))
+    # how tokens are counted: a prompt once, a row's last token not unless it is to be read
+    count = sum(len(p) for p, _ in dialogues[:7]) + sum(len(r) - (not whole) for _, r in dialogues)
+    assert len(line) == count and batch.size == (count, sum(t + 1 for t in positions), len(batch.targets))
+    # where attention sees them: each row's tokens from the left; each token's output is taken from where it stands
+    rows = [row for rectangle in rectangles(batch.packing) for row in rectangle]
+    wanted = [[*p, *r[:len(r) - (not whole)]] for p, r in dialogues]
+    found = [line[row].tolist() for row in rows]
+    assert len(rows) == n and all(any(row[:len(ids)] == ids for row in found) for ids in wanted)
+    places = np.concatenate([np.array(row) for row in rows])
+    assert places[batch.packing.back].tolist() == list(range(count))
+    if whole:
+        assert line[batch.ends].tolist() == [r[-1] for _, r in dialogues]
+        assert positions[batch.ends].tolist() == [len(p) + len(r) - 1 for p, r in dialogues]
+    else:
+        assert batch.ends is None
 
 
 @pytest.mark.parametrize("right,n", [(8, 10), (0, 5), (5, 5), (1, 3), (333, 512), (9000, 10000)])
@@ -339,39 +362,94 @@ def test_the_longer_response_decides_how_much_prompt_stays():
 
 # ---- worked by hand: micro-batches and baselines -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("loss_on,score_at,targets,owner", [
-    ("response", [2, 3, 4, 5, 6], [1, 0, 9, 2, 9], [0, 0, 0, 1, 1]),
-    ("all", [0, 1, 2, 3, 4, 5, 6], [6, 7, 1, 0, 9, 2, 9], [0, 0, 0, 0, 0, 1, 1]),
+@pytest.mark.parametrize("loss_on,score_at,targets,owner,lengths", [
+    ("response", [2, 3, 4, 5, 6], [1, 0, 9, 2, 9], [0, 0, 0, 1, 1], [3, 2]),
+    ("all", [0, 1, 2, 3, 4, 5, 6], [6, 7, 1, 0, 9, 2, 9], [0, 0, 0, 0, 0, 1, 1], [5, 2]),
 ])
-def test_collate(loss_on, score_at, targets, owner):
+def test_collate(loss_on, score_at, targets, owner, lengths):
     """Rows 5 6 7 | 1 0 9 and 8 | 2 9: the last token of each is only a target. The 0 in the first answer is a real token that
-    looks like padding."""
-    batch = data.collate([np.array([5, 6, 7]), np.array([8])], [np.array([1, 0, 9]), np.array([2, 9])], loss_on)
-    assert batch.tokens.tolist() == [[5, 6, 7, 1, 0], [8, 2, 0, 0, 0]]
+    looks like padding. The first row's tokens attend to 1 + 2 + 3 + 4 + 5 places, the second's to 1 + 2: 18."""
+    batch = data.collate([[np.array([5, 6, 7]), np.array([1, 0, 9])], [np.array([8]), np.array([2, 9])]], loss_on)
+    assert batch.tokens.tolist() == [5, 6, 7, 1, 0, 8, 2] and batch.packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert rectangles(batch.packing) == [[[5, 6]], [[0, 1, 2, 3, 4]]]   # the shorter row first
+    assert batch.packing.back.tolist() == [2, 3, 4, 5, 6, 0, 1]         # of 7 places, the first row's from 2 on
     assert (batch.score_at.tolist(), batch.targets.tolist(), batch.owner.tolist()) == (score_at, targets, owner)
-    assert batch.lengths == [5, 2] and batch.responses == 2
-    assert {x.dtype for x in (batch.tokens, batch.score_at, batch.targets, batch.owner)} == {torch.int64}
+    assert batch.lengths.tolist() == lengths and batch.responses == 2 and batch.rows == []
+    assert batch.attended == 18 and batch.size == (7, 18, len(targets))
+    packing = batch.packing
+    assert {x.dtype for x in (batch.tokens, packing.positions, packing.places, packing.back, batch.score_at, batch.targets,
+                              batch.owner, batch.lengths)} == {torch.int64}
 
 
 def test_sft_batch_and_pair_batch():
     tokens = tokens_of(([5, 6], [1, 9], [2, 3, 9]), ([8], [4, 9], [7, 9]), ([50256], [65, 9], [66, 9]))
     batch = data.sft_batch(tokens, [1, 0])
-    assert batch.tokens.tolist() == [[8, 4, 0], [5, 6, 1]] and batch.targets.tolist() == [4, 9, 1, 9]
-    batch = data.pair_batch(tokens, [2, 0])   # chosen of 2 and 0, then rejected of 2 and 0
-    assert batch.tokens.tolist() == [[50256, 65, 0, 0], [5, 6, 1, 0], [50256, 66, 0, 0], [5, 6, 2, 3]]
-    assert batch.score_at.tolist() == [0, 1, 5, 6, 8, 9, 13, 14, 15]
+    assert batch.tokens.tolist() == [8, 4, 5, 6, 1] and batch.targets.tolist() == [4, 9, 1, 9] and batch.rows == [1, 0]
+    assert batch.score_at.tolist() == [0, 1, 3, 4]
+    batch = data.pair_batch(tokens, [2, 0])   # chosen of 2 and 0, then rejected of 2 and 0; each prompt once
+    assert batch.tokens.tolist() == [50256, 65, 66, 5, 6, 1, 2, 3]
+    assert batch.packing.positions.tolist() == [0, 1, 1, 0, 1, 2, 2, 3]   # both responses go on behind the prompt
+    assert rectangles(batch.packing) == [[[0, 1]], [[0, 2]], [[3, 4, 5]], [[3, 4, 6, 7]]]
+    assert batch.score_at.tolist() == [0, 1, 4, 5, 0, 2, 4, 6, 7]   # a prompt's last token predicts two first tokens
     assert batch.targets.tolist() == [65, 9, 1, 9, 66, 9, 2, 3, 9]
     assert batch.owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3]
-    assert batch.lengths == [2, 3, 2, 4] and batch.responses == 4
+    assert batch.lengths.tolist() == [2, 2, 2, 3] and batch.responses == 4 and batch.rows == [2, 0]
+    assert batch.size == (8, 1 + 2 + 2 + 1 + 2 + 3 + 3 + 4, 9)
 
 
-def test_pick_and_to():
-    batch = data.collate([np.array([5, 6, 7]), np.array([8])], [np.array([1, 0, 9]), np.array([2, 9])])
-    hidden = torch.arange(2 * 5 * 3).view(2, 5, 3)   # row r, place t holds 15 r + 3 t, and the next two numbers
-    assert batch.pick(hidden).tolist() == [[6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19, 20]]
+def test_responses_of_one_token_add_none_by_hand():
+    """End-of-text alone is a target and nothing else: the line holds the prompt, whose last token predicts it in both."""
+    batch = data.pair_batch(tokens_of(([5, 6, 7], [9], [9])), [0])
+    assert batch.tokens.tolist() == [5, 6, 7] and rectangles(batch.packing) == [[[0, 1, 2]]] * 2
+    assert (batch.score_at.tolist(), batch.targets.tolist(), batch.owner.tolist()) == ([2, 2], [9, 9], [0, 1])
+    assert batch.tokens.dtype == torch.int64 and batch.size == (3, 6, 2)
+
+
+def test_answers_may_be_plain_lists():
+    """As those that a model has sampled: lists of ids beside the prompt's array."""
+    batch = data.collate([(np.array([5, 6], dtype=np.uint16), [50256]), (np.array([7], dtype=np.uint16), [1, 2, 50256])])
+    assert batch.tokens.tolist() == [5, 6, 7, 1, 2] and batch.targets.tolist() == [50256, 1, 2, 50256]
+    assert batch.tokens.dtype == batch.targets.dtype == batch.packing.places.dtype == torch.int64
+
+
+@pytest.mark.parametrize("lengths,shapes", [
+    ([7], [(1, 7)]),                                                   # one row
+    ([5, 3, 4], [(1, 3), (1, 4), (1, 5)]),                             # each alone
+    ([2, 9, 3, 4, 8], [(2, 3), (1, 4), (1, 8), (1, 9)]),               # the shortest two together
+    ([6, 1, 2, 3, 4, 5, 9, 8, 7, 9], [(3, 3), (3, 6), (2, 8), (2, 9)]),
+])
+def test_rows_of_similar_length_are_seen_together_by_hand(lengths, shapes):
+    """In four rectangles at most, each as wide as its longest row. Row r holds the numbers 10 r, 10 r + 1, ..."""
+    batch = data.collate([(np.arange(10 * r, 10 * r + 1), np.arange(10 * r + 1, 10 * r + n + 1))
+                          for r, n in enumerate(lengths)])   # a last token more, which is left out
+    assert batch.packing.shapes == tuple(shapes)
+    found = [batch.tokens[row].tolist() for rectangle in rectangles(batch.packing) for row in rectangle]
+    for row, r in zip(found, np.argsort(lengths, kind="stable")):
+        assert row[:lengths[r]] == list(range(10 * r, 10 * r + lengths[r]))
+
+
+def test_a_prompt_is_seen_before_each_of_its_responses_in_whichever_rectangle():
+    """Five prompts, a short and a long response to each: short rows and long ones are apart, and all ten have their prompt."""
+    batch = data.collate([([k, k, k], [10 + k] * 2, [20 + k] * 12) for k in range(5)])
+    assert batch.packing.shapes == ((3, 4), (3, 14), (2, 14), (2, 14))   # ten rows are 3 + 3 + 2 + 2
+    rows = [batch.tokens[row].tolist() for rectangle in rectangles(batch.packing) for row in rectangle]
+    assert sorted(row[:4] for row in rows) == sorted([k, k, k, tens + k] for k in range(5) for tens in (10, 20))
+    assert len(batch.tokens) == 5 * (3 + 1 + 11)
+
+
+def test_hidden_and_to():
+    """A batch asks the model for the states at its scored places, and nothing of it stays behind on another device."""
+    tokens = tokens_of(([5, 6, 7], [1, 0, 9], [2, 9]), ([8], [2, 9], [3]))
+    batch, hidden = data.reward_batch(tokens, [0, 1]), torch.arange(12 * 3).view(12, 3)   # 3 + 3 + 2 and 1 + 2 + 1 tokens
+    asked = []
+    model = SimpleNamespace(hidden=lambda *arguments: asked.append(arguments) or hidden[arguments[2]])
+    assert batch.hidden(model).tolist() == hidden[batch.score_at].tolist()
+    assert [x is y for x, y in zip(asked[0], (batch.tokens, batch.packing, batch.score_at))] == [True] * 3
     moved = batch.to(torch.device("meta"))
-    assert {x.device.type for x in (moved.tokens, moved.score_at, moved.targets, moved.owner)} == {"meta"}
-    assert moved.lengths == batch.lengths and batch.tokens.device.type == "cpu"
+    tensors = [x for x in (*vars(moved).values(), *moved.packing) if torch.is_tensor(x)]
+    assert {x.device.type for x in tensors} == {"meta"} and len(tensors) == 6 + 3
+    assert moved.packing.shapes == batch.packing.shapes
+    assert moved.rows == batch.rows and moved.size == batch.size and moved.responses == 4 and batch.tokens.device.type == "cpu"
 
 
 def test_baselines():
@@ -417,25 +495,41 @@ def test_sampled_answers():
     assert data.show(model, tokens, answers) == "Hello[ a a]\n\n world[ a]\n\n"
     assert data.show(model, tokens, answers, n=1) == "Hello[ a a]\n\n"
 
+
 def test_a_whole_dialogue_by_hand():
-    """End-of-text (9) is in it, and its place is the last of each: 2 in the first row of four, 3 in the second. An answer that
-    ends with the padding's id, or holds end-of-text before its end, is read at its end. What is scored, and where, is as ever."""
-    batch = data.collate([[5, 6], [7]], [[9], [8, 9, 0]], whole=True)
-    assert batch.tokens.tolist() == [[5, 6, 9, 0], [7, 8, 9, 0]] and batch.lengths == [3, 4] and batch.responses == 2
-    assert batch.score_at.tolist() == [1, 4, 5, 6] and batch.targets.tolist() == [9, 8, 9, 0]
-    assert batch.owner.tolist() == [0, 1, 1, 1]
-    hidden = torch.arange(8).view(2, 4, 1)
-    assert batch.last(hidden).flatten().tolist() == [2, 7] and batch.pick(hidden).flatten().tolist() == [1, 4, 5, 6]
-    assert batch.to("cpu").ends.tolist() == [2, 7] and data.collate([[5, 6]], [[9]]).to("cpu").ends is None
+    """End-of-text (9) is in it, and its place is the last of each: 2 in the line of seven, and 6. An answer that ends with the
+    padding's id, or holds end-of-text before its end, is read at its end. What is scored, and where, is as ever."""
+    batch = data.collate([[[5, 6], [9]], [[7], [8, 9, 0]]], whole=True)
+    assert batch.tokens.tolist() == [5, 6, 9, 7, 8, 9, 0] and batch.responses == 2 and batch.lengths.tolist() == [1, 3]
+    assert batch.packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.score_at.tolist() == [1, 3, 4, 5] and batch.targets.tolist() == [9, 8, 9, 0]
+    assert batch.owner.tolist() == [0, 1, 1, 1] and batch.attended == 6 + 10
+    assert batch.to("cpu").ends.tolist() == [2, 6] and data.collate([[[5, 6], [9]]]).to("cpu").ends is None
 
 
 def test_reward_batch_by_hand():
-    """All chosen, then all rejected; or the chosen alone."""
+    """All chosen, then all rejected; or the chosen alone. A pair's prompt is there once, and before both responses."""
     tokens = data.Tokens(np.array([1, 2, 3, 4, 5, 6, 7], dtype=np.uint16), np.array([[1, 3, 4], [5, 6, 7]]))
     both = data.reward_batch(tokens, [1, 0])
-    assert both.tokens.tolist() == [[5, 6, 0], [1, 2, 3], [5, 7, 0], [1, 4, 0]] and both.ends.tolist() == [1, 5, 7, 10]
-    assert data.reward_batch(tokens, [1, 0], ["chosen"]).tokens.tolist() == [[5, 6, 0], [1, 2, 3]]
-    assert data.reward_batch(tokens, [0], ["rejected"]).tokens.tolist() == [[1, 4]]
+    assert both.tokens.tolist() == [5, 6, 7, 1, 2, 3, 4] and both.ends.tolist() == [1, 5, 2, 6] and both.rows == [1, 0]
+    assert both.packing.positions.tolist() == [0, 1, 1, 0, 1, 2, 1]
+    assert rectangles(both.packing) == [[[0, 1]], [[0, 2]], [[3, 6]], [[3, 4, 5]]]
+    chosen = data.reward_batch(tokens, [1, 0], ["chosen"])
+    assert chosen.tokens.tolist() == [5, 6, 1, 2, 3] and chosen.ends.tolist() == [1, 4]
+    rejected = data.reward_batch(tokens, [0], ["rejected"])
+    assert rejected.tokens.tolist() == [1, 4] and rejected.ends.tolist() == [1] and rejected.targets.tolist() == [4]
+
+
+def test_the_first_and_the_longest_by_hand():
+    """Seven rows by two, seed 0: whatever the order is, it is what indexing says; lengths 1, 10, 100, ... tell sums apart."""
+    order = data.Order(10 ** np.arange(7), 2, seed=0)
+    walked = [order[i].tolist() for i in range(8)]   # two epochs of four
+    assert order.first(0).tolist() == [] and order.first(1).tolist() == sorted(walked[0])
+    assert order.first(3).tolist() == sorted(sum(walked[:3], [])) and order.first(8).tolist() == list(range(7))
+    for n in range(1, 9):
+        assert order.longest(n).tolist() == max(walked[:n], key=lambda rows: sum(10 ** r for r in rows))
+    assert order.longest(0).tolist() == walked[0]   # a run of no steps has no longest one: any will do
+    assert order.first(3).dtype == np.int64 and [order[i].tolist() for i in range(8)] == walked
 
 
 # ---- properties: data sets -----------------------------------------------------------------------------------------------
@@ -721,24 +815,27 @@ def test_a_place_holds_the_token_before_its_target(seed):
     for batch, sequences, prompts in (
             (data.sft_batch(tokens, rows), [tokens[r][:2] for r in rows], True),
             (data.sft_batch(tokens, rows, "all"), [tokens[r][:2] for r in rows], False),
-            (data.pair_batch(tokens, rows), [(tokens[r][0], tokens[r][k]) for k in (1, 2) for r in rows], True)):
-        R, T = batch.tokens.shape
-        scored = [[] for _ in range(R)]
+            (data.pair_batch(tokens, rows), [(tokens[r][0], tokens[r][k]) for k in (1, 2) for r in rows], True),
+            (data.reward_batch(tokens, rows), [(tokens[r][0], tokens[r][k]) for k in (1, 2) for r in rows], True)):
+        scored = [[] for _ in sequences]
         for at, target, owner in zip(batch.score_at.tolist(), batch.targets.tolist(), batch.owner.tolist()):
-            sequence, t = np.concatenate(sequences[owner]), at - owner * T
-            assert batch.tokens.flatten()[at] == sequence[t] and target == sequence[t + 1]
+            sequence, t = np.concatenate(sequences[owner]), int(batch.packing.positions[at])
+            assert batch.tokens[at] == sequence[t] and target == sequence[t + 1]
             scored[owner].append(t + 1)
         for (prompt, response), places in zip(sequences, scored):   # each token of the answer once, its last included
             assert places == list(range(len(prompt) if prompts else 1, len(prompt) + len(response)))
 
 
-def test_more_padding_changes_nothing():
-    """A row is scored the same alone and beside a longer one."""
+def test_neighbours_change_nothing():
+    """A row is scored the same alone, before a longer one and behind it, where all its places are that one's tokens further."""
     tokens = tokens_of(([5, 6], [1, 9], [2]), (range(100, 130), range(200, 240), [2]))
-    alone, beside = data.sft_batch(tokens, [0]), data.sft_batch(tokens, [0, 1])
-    mine = beside.owner == 0
-    assert torch.equal(alone.score_at, beside.score_at[mine]) and torch.equal(alone.targets, beside.targets[mine])
-    assert torch.equal(alone.tokens[0], beside.tokens[0, :3]) and not beside.tokens[0, 3:].any()
+    alone, before, behind = (data.sft_batch(tokens, rows) for rows in ([0], [0, 1], [1, 0]))
+    for batch, r, further in ((before, 0, 0), (behind, 1, 30 + 39)):
+        mine, line = batch.owner == r, slice(further, further + 3)
+        assert torch.equal(alone.score_at + further, batch.score_at[mine]) and torch.equal(alone.targets, batch.targets[mine])
+        assert torch.equal(alone.tokens, batch.tokens[line])
+        assert torch.equal(alone.packing.positions, batch.packing.positions[line])
+        assert [[further, further + 1, further + 2]] in rectangles(batch.packing)
 
 
 def skewed(n, seed=0):
@@ -746,22 +843,18 @@ def skewed(n, seed=0):
     return np.random.default_rng(seed).lognormal(4.5, 0.8, n).astype(int) + 5
 
 
-def padding(lengths, batches):
-    return 1 - lengths.sum() / sum(lengths[rows].max() * len(rows) for rows in batches)
-
-
 @pytest.mark.parametrize("n,size", [(1, 4), (4, 4), (1000, 8), (1003, 8), (7, 1), (401, 8)])
 def test_an_epoch_has_every_row_once(n, size):
     for epoch in range(3):
-        batches = data.epoch_order(skewed(n), size, 0, epoch)
+        batches = data.epoch_order(n, size, 0, epoch)
         assert sorted(np.concatenate(batches).tolist()) == list(range(n))
         short = n % size or size
-        assert sorted(map(len, batches)) == sorted([short] + [size] * (math.ceil(n / size) - 1))
+        assert list(map(len, batches)) == [size] * (math.ceil(n / size) - 1) + [short]   # the last one
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
-        return [rows.tolist() for rows in data.epoch_order(skewed(500), 4, seed, epoch)]
+        return [rows.tolist() for rows in data.epoch_order(500, 4, seed, epoch)]
     np.random.seed(1)
     torch.manual_seed(1)
     numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -775,23 +868,34 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
         assert sorted(map(sorted, other)) != sorted(map(sorted, first))   # also other rows meet each other
 
 
-def test_micro_batches_hold_rows_of_similar_length():
-    lengths, size = skewed(4000), 8
-    order = np.random.default_rng(0).permutation(4000)
-    at_random = padding(lengths, [order[i:i + size] for i in range(0, 4000, size)])
-    batches = data.epoch_order(lengths, size, 0, 0)
-    # random micro-batches of HH-RLHF are about half padding; sorted within windows of 400 rows it is less than a quarter of that
-    assert at_random > 0.4 and padding(lengths, batches) < at_random / 4
-    # yet long and short ones come in random order: half of the steps go up, with a standard deviation of 0.02
-    means = [lengths[rows].mean() for rows in batches]
-    assert np.mean(np.diff(means) > 0) == pytest.approx(0.5, abs=0.1)
+def test_micro_batches_mix_lengths():
+    """Like random ones: the deviation of their sums is that of 8 lengths, sqrt(8) times one's, known from 500 of them to about
+    7 %; the longest micro-batch is far from the eight longest rows."""
+    lengths = skewed(4000)
+    sums = np.array([lengths[rows].sum() for rows in data.epoch_order(4000, 8, 0, 0)])
+    assert sums.std() / (lengths.std() * 8 ** 0.5) == pytest.approx(1, abs=0.2)
+    assert sums.max() < np.sort(lengths)[-8:].sum() / 2
+    # and none comes before or after the others: half of the steps go up, with a standard deviation of 0.02
+    assert np.mean(np.diff(sums) > 0) == pytest.approx(0.5, abs=0.1)
+
+
+def test_attention_pads_little():
+    """Rectangles of the rows most alike: of a micro-batch of 8 lengths like those of dialogues, less than a third of the padding
+    that one rectangle for all would have, which is more than half of it."""
+    lengths, one, several, filled = skewed(400), 0, 0, 0
+    for rows in data.epoch_order(400, 8, 0, 0):
+        batch = data.collate([(np.arange(1), np.arange(lengths[r])) for r in rows])   # its last token is left out
+        assert len(batch.packing.shapes) == 4 and sum(B for B, _ in batch.packing.shapes) == 8
+        several += sum(B * T for B, T in batch.packing.shapes)
+        one, filled = one + 8 * lengths[rows].max(), filled + lengths[rows].sum()
+    assert 1 - filled / one > 0.5 and 1 - filled / several < (1 - filled / one) / 3
 
 
 def test_order_goes_on_epoch_after_epoch():
     lengths = skewed(103)
     order = data.Order(lengths, 4, seed=5)
     walked = [order[i].tolist() for i in range(80)]
-    expected = [rows.tolist() for epoch in range(4) for rows in data.epoch_order(lengths, 4, 5, epoch)]
+    expected = [rows.tolist() for epoch in range(4) for rows in data.epoch_order(103, 4, 5, epoch)]
     assert order.per_epoch == 26 and walked == expected[:80]
     for i in (79, 0, 25, 26, 51, 52):   # resuming: a fresh one, asked for any place
         assert data.Order(list(lengths), 4, seed=5)[i].tolist() == walked[i]

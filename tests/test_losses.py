@@ -1,12 +1,14 @@
 """
 Proves losses.py: log-probabilities of tokens and responses, SFT, DPO, CDPO, rewards, win rates and divergences, values and
-gradients, also when the scored rows go through the vocabulary matrix in many small chunks.
+gradients, also when the scored rows go through the vocabulary matrix in many small chunks; and that a packed micro-batch gives
+every loss and gradient of its dialogues run one at a time.
 
     python -m pytest -q tests/test_losses.py
 
 The oracles share no code with losses.py: float64, full logits, written from FORMULAS.md sections 1-4; one is transformers.
 """
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import lora
 import losses
-from model import GPT, GPTConfig, export
+from model import GPT, GPTConfig, export, reward_model
 
 EXACT = dict(rtol=1e-10, atol=1e-10)   # float64 on both sides: only the order of summation differs (about 1e-15)
 LOG2 = math.log(2)
@@ -87,9 +90,9 @@ def tiny_gpt(seed, dtype=torch.float64):
     return GPT(GPTConfig(block_size=16, vocab_size=V, n_layer=2, n_head=2, n_embd=8)).to(dtype).eval()
 
 
-def pairs():
-    """The two pairs above as data.py stores them."""
-    parts = [part for triple in zip(PROMPTS, CHOSEN, REJECTED) for part in triple]
+def pairs(*more):
+    """The two pairs above, and more of them, as data.py stores them."""
+    parts = [part for triple in (*zip(PROMPTS, CHOSEN, REJECTED), *more) for part in triple]
     return data.Tokens(np.concatenate(parts).astype(np.uint16), np.cumsum([len(p) for p in parts]).reshape(-1, 3))
 
 
@@ -98,7 +101,7 @@ def arrays(lists):
 
 
 def gradient(loss, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
 
 
 def assert_same_gradients(ours, oracle, inputs, upstream):
@@ -121,6 +124,12 @@ def random_pairs():
     return hidden, weight, targets, owner, ref_hidden, ref_weight
 
 
+def one_pair(hidden, weight, targets, owner, ref_hidden, ref_weight, i):
+    """The arguments of full_cdpo for pair i of two, alone."""
+    mine = owner % 2 == i
+    return hidden[mine], weight, targets[mine], owner[mine] // 2, ref_hidden[mine], ref_weight
+
+
 def cdpo(hidden, weight, targets, owner, ref_hidden, ref_weight, beta, gamma):
     """losses.cdpo_loss with the reference's log-probs filled in."""
     with torch.autocast("cpu", enabled=False):
@@ -138,6 +147,20 @@ def same_numbers_every_time():
 def chunked(request, monkeypatch):
     """Runs a test twice: with all rows in one chunk, and (for V = 13) with 11 rows as 3 + 3 + 3 + 2."""
     monkeypatch.setattr(losses, "CHUNK", request.param)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """("policy" or "reference", rows) of every chunk of hidden states that meets a vocabulary matrix, CHUNK_ROWS at a time (for
+    V = 13). The reference's matrix asks for no gradient."""
+    found, original = [], losses.log_softmax
+
+    def spy(hidden, weight, dtype, out):
+        found.append(("policy" if weight.requires_grad else "reference", len(hidden)))
+        return original(hidden, weight, dtype, out)
+    monkeypatch.setattr(losses, "log_softmax", spy)
+    monkeypatch.setattr(losses, "CHUNK", 13 * CHUNK_ROWS + 12)   # not quite one row more
+    return found
 
 
 class Watch(TorchDispatchMode):
@@ -185,52 +208,79 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen, monkeypatc
     inputs.pop(frozen).requires_grad_(False)
     free, = inputs.values()
     expected, = torch.autograd.grad(full_token_logps(hidden, weight, targets).sum(), free)
-    logps = losses.token_logps(hidden, weight, targets)
-    with Watch() as watch:
+    with Watch() as forward:
+        logps = losses.token_logps(hidden, weight, targets)
+    with Watch() as backward:
         logps.sum().backward()
     torch.testing.assert_close(free.grad, expected, **EXACT)
     assert {"hidden": hidden, "weight": weight}[frozen].grad is None
-    # of each chunk: logits (s, V) again, then (s, C) for hidden and (V, C) for the weight, and one of the two is not wanted
-    unwanted, wanted = {"hidden": ((CHUNK_ROWS, 4), (13, 4)), "weight": ((13, 4), (CHUNK_ROWS, 4))}[frozen]
-    made = {shape for shape, _ in watch.products()}
-    assert wanted in made and unwanted not in made
+    # of each chunk: logits (s, V), then (s, C) for hidden and (V, C) for the weight, and one of the two is not wanted. The weight
+    # needs d and so the logits again; without it the hidden states' gradient comes at once, and going back is no product
+    logits, of_hidden, of_weight = {(3, 13), (2, 13)}, {(3, 4), (2, 4)}, {(13, 4)}
+    made = [{shape for shape, _ in watch.products()} for watch in (forward, backward)]
+    assert made == {"hidden": [logits, logits | of_weight], "weight": [logits | of_hidden, set()]}[frozen]
 
 
-def test_fp32_is_close_to_fp64():
+def test_with_a_frozen_weight_each_row_has_its_own_gradient(chunked):
+    """As LoRA has it: computed for the log-probability itself at once, and scaled by what comes back for each."""
+    hidden, weight, targets = random_rows()
+    weight.requires_grad_(False)
+    upstream = torch.randn(len(targets), dtype=torch.float64)
+    ours, oracle = losses.token_logps(hidden, weight, targets), full_token_logps(hidden, weight, targets)
+    torch.testing.assert_close(ours, oracle, **EXACT)
+    assert_same_gradients(ours, oracle, hidden, upstream)
+    assert_same_gradients(ours, oracle, hidden, upstream.flip(0))   # once more through the same graph
+    assert torch.autograd.gradcheck(lambda h: losses.token_logps(h, weight, targets), hidden)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fp32_is_close_to_fp64(frozen):
     hidden, weight, targets = random_rows(S=100, C=16, vocabulary=500)
     small = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    ours, oracle = losses.token_logps(*small, targets), full_token_logps(hidden, weight, targets)
-    found, expected = torch.autograd.grad(ours.sum(), small), torch.autograd.grad(oracle.sum(), (hidden, weight))
-    assert {x.dtype for x in (ours, *found)} == {torch.float32}
-    # a few roundings (6e-8 each) of logits of size 10: 1e-5 leaves a factor of ten
-    torch.testing.assert_close((ours, *found), (oracle, *expected), rtol=1e-5, atol=1e-5, check_dtype=False)
-
-
-def test_bfloat16_products_under_autocast_float32_results(chunked):
-    hidden, weight, targets = random_rows(dtype=torch.float32)
+    small[1].requires_grad_(not frozen)
+    inputs, of = (small[:1], (hidden,)) if frozen else (small, (hidden, weight))
     oracle = full_token_logps(hidden, weight, targets)
-    expected = torch.autograd.grad(oracle.sum(), (hidden, weight))
-    with Watch() as watch:
-        with torch.autocast("cpu", torch.bfloat16):
-            ours = losses.token_logps(hidden, weight, targets)
-        found = torch.autograd.grad(ours.sum(), (hidden, weight))   # outside autocast, as in the training loops
-    assert {x.dtype for x in (ours, *found)} == {torch.float32}
-    assert {dtype for _, dtype in watch.products()} == {torch.bfloat16}
-    # bfloat16 keeps 8 bits: inputs of size 3 are off by 1e-2, a logit of 4 terms and a weight gradient of 11 by a few of them
-    torch.testing.assert_close((ours, *found), (oracle, *expected), rtol=0, atol=0.08)
-    for a, b in zip((ours, *found), (oracle, *expected)):
-        assert (a - b).abs().max() > 1e-4, "nothing was rounded to bfloat16"
+    for ours, theirs in ((losses.token_logps(*small, targets), oracle), (losses.sft_loss(*small, targets, 7), -oracle.sum() / 7)):
+        found = torch.autograd.grad(ours.sum(), inputs)
+        expected = torch.autograd.grad(theirs.sum(), of, retain_graph=True)
+        assert {x.dtype for x in (ours, *found)} == {torch.float32}
+        # a few roundings (6e-8 each) of logits of size 10: 1e-5 leaves a factor of ten
+        torch.testing.assert_close((ours, *found), (theirs, *expected), rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
-def test_under_autocast_the_weights_gradient_is_summed_in_float32(monkeypatch):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_products_under_autocast_float32_results(chunked, frozen):
+    hidden, weight, targets = random_rows(dtype=torch.float32)
+    inputs = (hidden, weight)[:2 - frozen]
+    weight.requires_grad_(not frozen)
+    oracle = full_token_logps(hidden, weight, targets)
+    expected = torch.autograd.grad(oracle.sum(), inputs)
+    for one_pass in (False, True):   # each log-probability; their sum and its gradient at once
+        with Watch() as watch:
+            with torch.autocast("cpu", torch.bfloat16):
+                ours = -losses.sft_loss(hidden, weight, targets, 1) if one_pass else losses.token_logps(hidden, weight, targets)
+            found = torch.autograd.grad(ours.sum(), inputs)   # outside autocast, as in the training loops
+        theirs = oracle.sum() / 11 if one_pass else oracle
+        ours = ours / 11 if one_pass else ours
+        assert {x.dtype for x in (ours, *found)} == {torch.float32}
+        assert {dtype for _, dtype in watch.products()} == {torch.bfloat16}
+        # bfloat16 keeps 8 bits: inputs of size 3 are off by 1e-2, a logit of 4 terms and a weight gradient of 11 by a few of them
+        torch.testing.assert_close((ours, *found), (theirs, *expected), rtol=0, atol=0.08)
+        for a, b in zip((ours, *found), (theirs, *expected)):
+            assert (a - b).abs().max() > 1e-4, "nothing was rounded to bfloat16"
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_under_autocast_the_weights_gradient_is_summed_in_float32(monkeypatch, one_pass):
     """600 equal chunks of one row give 600 times the gradient of one. A bfloat16 sum, 8 bits, would stop growing at 256 times."""
     monkeypatch.setattr(losses, "CHUNK", 13)
     hidden, weight, targets = random_rows(S=1, dtype=torch.float32)
     gradients = []
     for n in (1, 600):
+        arguments = hidden.expand(n, 4), weight, targets.expand(n)
         with torch.autocast("cpu", torch.bfloat16):
-            logps = losses.token_logps(hidden.expand(n, 4), weight, targets.expand(n))
-        gradients.append(torch.autograd.grad(logps.sum(), weight)[0])
+            total = -losses.sft_loss(*arguments, 1) if one_pass else losses.token_logps(*arguments).sum()
+        gradients.append(torch.autograd.grad(total, weight)[0])
     torch.testing.assert_close(gradients[1], 600 * gradients[0], rtol=1e-4, atol=0)   # 600 fp32 roundings
 
 
@@ -240,6 +290,9 @@ def test_half_precision_inputs_give_float32_log_probs_and_gradients_of_their_own
     torch.testing.assert_close(ours, full_token_logps(hidden.float(), weight.float(), targets), rtol=0, atol=0.08)   # as above
     assert ours.dtype == torch.float32
     assert [g.dtype for g in torch.autograd.grad(ours.sum(), (hidden, weight))] == [torch.bfloat16] * 2
+    loss = losses.sft_loss(hidden, weight, targets, 11)
+    torch.testing.assert_close(loss, -ours.mean(), rtol=1e-6, atol=0)
+    assert [g.dtype for g in torch.autograd.grad(loss, (hidden, weight))] == [torch.bfloat16] * 2
 
 # ---- by hand
 
@@ -270,26 +323,50 @@ def test_the_full_matrix_never_exists(monkeypatch):
     owner, ref_logps = torch.arange(40) % 4, torch.zeros(4, dtype=torch.float64)
     with Watch() as watch:
         losses.token_logps(hidden, weight, targets).sum().backward()
+        losses.token_logps(hidden, weight.detach(), targets).sum().backward()
+        losses.sft_loss(hidden, weight, targets, 40).backward()
         loss, _, _ = losses.cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps, 0.1, 1.0)
         loss.sum().backward()
         losses.divergences(hidden, weight, ref_hidden, ref_weight, targets, 0.1)
     assert 3 * 50 < watch.largest() <= 6 * 50   # the weight has 150, so more means that it saw the logits
 
 
-def test_backward_computes_each_row_again(monkeypatch):
-    """Nothing of size (rows, V) waits for the backward pass: it asks for the log-softmax of every row a second time."""
-    rows, original = [], losses.log_softmax
+ALL_ROWS = [("policy", 3), ("policy", 3), ("policy", 3), ("policy", 2)]
 
-    def spy(hidden, weight, dtype):
-        rows.append(len(hidden))
-        return original(hidden, weight, dtype)
-    monkeypatch.setattr(losses, "log_softmax", spy)
-    monkeypatch.setattr(losses, "CHUNK", 13 * CHUNK_ROWS + 12)   # not quite one row more
+
+def test_backward_computes_each_row_again(seen):
+    """Nothing of size (rows, V) waits for the backward pass: it asks for the log-softmax of every row a second time."""
     hidden, weight, targets = random_rows()
     logps = losses.token_logps(hidden, weight, targets)
-    assert rows == [3, 3, 3, 2]
+    assert seen == ALL_ROWS
     logps.sum().backward()
-    assert rows == [3, 3, 3, 2] * 2
+    assert seen == ALL_ROWS * 2
+
+
+def test_no_row_is_computed_again_where_the_gradient_is_known_at_once(seen):
+    """With a frozen weight, and in SFT, each row meets the vocabulary once. CDPO's policy does so twice, its reference once."""
+    hidden, weight, targets, owner, ref_hidden, ref_weight = random_pairs()
+    losses.sft_loss(hidden, weight, targets, 11).backward()
+    assert seen == ALL_ROWS
+    seen.clear()
+    loss, _, _ = losses.cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, torch.zeros(4).double(), 0.5, 2.0)
+    loss.mean().backward()
+    assert seen == ALL_ROWS + [each for row in ALL_ROWS for each in (row, ("reference", row[1]))]
+    seen.clear()
+    losses.token_logps(hidden, weight.detach(), targets).sum().backward()
+    assert [rows for _, rows in seen] == [3, 3, 3, 2]
+
+
+def test_without_gradients_none_is_computed_and_nothing_kept(chunked):
+    """Neither under no_grad nor where nothing asks for one."""
+    hidden, weight, *rest = random_pairs()
+    frozen = [x.detach() for x in (hidden, weight)]
+    for context, inputs in ((torch.no_grad(), (hidden, weight)), (torch.no_grad(), (hidden, frozen[1])),
+                            (torch.enable_grad(), frozen)):
+        with context, Watch() as watch:
+            found = [losses.token_logps(*inputs, rest[0]), losses.sft_loss(*inputs, rest[0], 11), *cdpo(*inputs, *rest, 0.5, 2.0)]
+        assert not any(x.requires_grad or x.grad_fn for x in found)
+        assert {shape[1] for shape, _ in watch.products()} == {13}   # logits only: a gradient's product has C = 4 columns
 
 
 def test_a_chunk_holds_one_row_at_least(monkeypatch):
@@ -322,6 +399,16 @@ def test_huge_logits_stay_finite():
     assert hidden.grad.tolist() == [[1, -1]]   # (1, -1) from the first row, (0, 0) from the second
 
 
+def test_a_frozen_weight_leaves_the_callers_tensors_alone(chunked):
+    hidden, weight, targets = random_rows()
+    before, hidden.grad = hidden.detach().clone(), torch.ones_like(hidden)
+    logps = losses.token_logps(hidden, weight.detach(), targets)
+    first, = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+    kept = first.clone()
+    logps.sum().backward()
+    assert torch.equal(first, kept) and torch.equal(hidden.grad, 1 + kept) and torch.equal(hidden, before)
+
+
 def test_lengths_must_agree():
     hidden, weight, targets = random_rows()
     with pytest.raises(ValueError, match="11 .* 10"):
@@ -344,10 +431,23 @@ def test_sft_loss_is_that_of_transformers(loss_on, tmp_path):
         idx[i, :len(row)] = torch.tensor(row)
         labels[i, first:len(row)] = torch.tensor(row[first:])
     expected = theirs(idx, labels=labels).loss.item()
-    batch = data.collate(arrays(PROMPTS), arrays(CHOSEN), loss_on)
+    batch = data.sft_batch(pairs(), [0, 1], loss_on)
     assert len(batch.targets) == (labels != -100).sum()
-    ours = losses.sft_loss(batch.pick(model.hidden(batch.tokens)), model.wte.weight, batch.targets, len(batch.targets))
+    ours = losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, len(batch.targets))
     assert ours.item() == pytest.approx(expected, rel=1e-5)   # fp32 in both, with products in another order
+
+
+@pytest.mark.parametrize("free", ["hidden", "weight", "both"])
+def test_sft_loss_and_its_gradients_are_those_of_full_logits(chunked, free):
+    """Also of a multiple of it, and of what else is added to it."""
+    hidden, weight, targets = random_rows()
+    inputs = {"hidden": (hidden,), "weight": (weight,), "both": (hidden, weight)}[free]
+    for x in (hidden, weight):
+        x.requires_grad_(any(x is y for y in inputs))
+    ours, oracle = losses.sft_loss(hidden, weight, targets, 7), -full_token_logps(hidden, weight, targets).sum() / 7
+    torch.testing.assert_close(ours, oracle, **EXACT)
+    more = sum(x.sin().sum() for x in inputs)
+    assert_same_gradients(3 * ours + more, 3 * oracle + more, inputs, None)
 
 
 def test_a_responses_log_prob_is_that_of_full_logits(chunked):
@@ -372,6 +472,15 @@ def test_sft_loss_by_hand():
     loss = losses.sft_loss(hidden, torch.eye(3, dtype=torch.float64), torch.tensor([0, 0]), 8)
     assert loss.item() == pytest.approx(LOG2 / 2, abs=1e-12)
 
+
+def test_sft_gradient_by_hand():
+    """p - [k = y], over the 8 scored tokens: (1/2 - 1, 1/4, 1/4) and (1/8 - 1, 3/8, 1/2). Here 16 times that, for a loss of 16
+    times the size; the identity as weight makes the hidden states the logits."""
+    hidden = torch.tensor([[2., 1., 1.], [1., 3., 4.]], dtype=torch.float64).log().requires_grad_()
+    (16 * losses.sft_loss(hidden, torch.eye(3, dtype=torch.float64), torch.tensor([0, 0]), 8)).backward()
+    expected = torch.tensor([[-1., 0.5, 0.5], [-1.75, 0.75, 1.]], dtype=torch.float64)
+    torch.testing.assert_close(hidden.grad, expected, **EXACT)
+
 # ---- properties
 
 def test_micro_batches_of_unequal_length_give_one_batchs_loss_and_gradient():
@@ -379,9 +488,8 @@ def test_micro_batches_of_unequal_length_give_one_batchs_loss_and_gradient():
     prompts, responses = arrays(PROMPTS * 2), arrays(CHOSEN + REJECTED)
 
     def loss(rows, normaliser=None):
-        batch = data.collate([prompts[i] for i in rows], [responses[i] for i in rows])
-        hidden = batch.pick(model.hidden(batch.tokens))
-        return losses.sft_loss(hidden, model.wte.weight, batch.targets, normaliser or len(batch.targets))
+        batch = data.collate([(prompts[i], responses[i]) for i in rows])
+        return losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, normaliser or len(batch.targets))
     tokens = sum(map(len, responses))
     whole, micro = loss([0, 1, 2, 3]), loss([3], tokens) + loss([0, 2], tokens) + loss([1], tokens)
     assert micro.item() == pytest.approx(whole.item(), rel=1e-6)
@@ -394,46 +502,63 @@ def test_micro_batches_of_unequal_length_give_one_batchs_loss_and_gradient():
     assert (gradient(mean_of_means, model) - expected).abs().max() > 1000 * scale
 
 
+LINE = [1, 2, 3, 6, 7, 9, 4, 5, 8, 10, 11, 12, 13]   # the two pairs, but for each response's last token
+# where each response is scored: from its prompt's last token on; the first two places of a prompt and all else are not
+SCORED = [[2, 3, 4], [7, 8], [2, 5], [7, 9, 10, 11, 12]]
+
+
+def stand_in(hidden, weight):
+    """A model whose hidden states, one of each token of the line, are these."""
+    return SimpleNamespace(hidden=lambda tokens, packing, at: hidden[at], wte=SimpleNamespace(weight=weight))
+
+
 def test_only_response_and_end_of_text_count():
-    """Free hidden states in place of the model's: the gradient is nonzero where a response's token or end-of-text comes next."""
+    """Free hidden states in place of the model's: a response's gradient is nonzero where one of its tokens or end-of-text comes
+    next."""
     batch = data.pair_batch(pairs(), [0, 1])
-    hidden = torch.randn(*batch.tokens.shape, 8, requires_grad=True)
-    model = SimpleNamespace(hidden=lambda tokens: hidden, wte=SimpleNamespace(weight=torch.randn(V, 8)))
-    losses.batch_logps(model, batch).sum().backward()
-    counted = hidden.grad.abs().sum(2) > 0
-    for r, (prompt, response) in enumerate(zip(PROMPTS * 2, CHOSEN + REJECTED)):
-        places = counted[r].nonzero().flatten().tolist()
-        assert places == list(range(len(prompt) - 1, len(prompt) - 1 + len(response))), (r, places)
+    assert batch.tokens.tolist() == LINE
+    hidden = torch.randn(len(LINE), 8, requires_grad=True)
+    logps = losses.batch_logps(stand_in(hidden, torch.randn(V, 8)), batch)
+    for r, places in enumerate(SCORED):
+        found, = torch.autograd.grad(logps[r], hidden, retain_graph=True)
+        assert (found.abs().sum(1) > 0).nonzero().flatten().tolist() == places, r
 
 
 def test_which_labels_count():
     """A bias towards one token, by a channel that is 1 everywhere, raises a response's log-prob only if it is a label there."""
     batch = data.pair_batch(pairs(), [0, 1])
-    hidden = torch.cat([torch.zeros(*batch.tokens.shape, 2), torch.ones(*batch.tokens.shape, 1)], dim=2)
+    hidden = torch.cat([torch.zeros(len(LINE), 2), torch.ones(len(LINE), 1)], dim=1)
 
     def logps(token):
         weight = torch.zeros(V, 3)
         weight[token, 2] = 1
-        return losses.batch_logps(SimpleNamespace(hidden=lambda tokens: hidden, wte=SimpleNamespace(weight=weight)), batch)
+        return losses.batch_logps(stand_in(hidden, weight), batch)
     even = -torch.tensor([3, 2, 2, 5]) * math.log(V)
     assert (logps(EOT) > even).all()                        # every response is closed by it
     assert (logps(2) < even).all()                          # only in a prompt
     assert ((logps(7) > even) == torch.tensor([1, 0, 0, 0])).all()    # in the first chosen response
+    assert ((logps(11) > even) == torch.tensor([0, 0, 0, 1])).all()   # in the second rejected one
 
 
 def test_padding_neighbours_and_order_do_not_matter():
+    """Nor whether a prompt is there once for both responses or once for each."""
     model = tiny_gpt(0, torch.float32)
-    prompts, responses = arrays(PROMPTS * 2), arrays(CHOSEN + REJECTED)
+    dialogues = list(zip(arrays(PROMPTS * 2), arrays(CHOSEN + REJECTED)))
     with torch.no_grad():
-        alone = torch.cat([losses.batch_logps(model, data.collate([p], [r])) for p, r in zip(prompts, responses)])
-        batch = data.collate(prompts, responses)
+        alone = torch.cat([losses.batch_logps(model, data.collate([dialogue])) for dialogue in dialogues])
+        batch = data.collate(dialogues)
         together = losses.batch_logps(model, batch)
-        backwards = losses.batch_logps(model, data.collate(prompts[::-1], responses[::-1])).flip(0)
-        for row, length in zip(batch.tokens, batch.lengths):
-            row[length:] = 17   # another token as padding
-        padded_otherwise = losses.batch_logps(model, batch)
-    for found in (together, backwards, padded_otherwise):   # fp32 products at another shape are not bitwise the same
-        torch.testing.assert_close(found, alone, rtol=1e-6, atol=0)
+        backwards = losses.batch_logps(model, data.collate(dialogues[::-1])).flip(0)
+        shared = losses.batch_logps(model, data.pair_batch(pairs(), [0, 1]))
+        shared_backwards = losses.batch_logps(model, data.pair_batch(pairs(), [1, 0])).view(2, 2).flip(1).flatten()
+        (B, T), places = (2, 7), torch.full((2, 7), 5)   # the second pair in one rectangle; another token as padding
+        places[0, :3], places[1] = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3, 4, 5, 6, 6])
+        batch = data.pair_batch(pairs(), [1])
+        packing = batch.packing._replace(shapes=((B, T),), places=places.flatten(), back=torch.tensor([7, 1, 2, 9, 10, 11, 12]))
+        padded_otherwise = losses.batch_logps(model, replace(batch, packing=packing))
+    torch.testing.assert_close(padded_otherwise, alone[1::2], rtol=1e-6, atol=0)
+    for found in (together, backwards, shared, shared_backwards):
+        torch.testing.assert_close(found, alone, rtol=1e-6, atol=0)   # fp32 products at another shape are not bitwise the same
 
 # ----------------------------------------------------------------------------------------------------------------------
 # DPO: oracle
@@ -549,27 +674,48 @@ def test_regularizer_is_the_literal_sum(beta):
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_cdpo_and_its_gradients_are_those_of_full_logits(beta, gamma, chunked):
+    """Of a multiple of all losses, and of each pair alone. The regulariser and the log-probs are for reporting."""
     rows = random_pairs()
     hidden, weight = rows[:2]
     ours, oracle = cdpo(*rows, beta, gamma), full_cdpo(*rows, beta, gamma)
     torch.testing.assert_close(ours, oracle, **EXACT)
-    upstream = torch.tensor([1., -3., 0.5, 2.], dtype=torch.float64)   # the regulariser and the log-probs have gradients too
-    for a, b in zip(ours, oracle):
-        assert_same_gradients(a, b, (hidden, weight), upstream[:len(a)])
+    assert [x.requires_grad for x in ours] == [True, False, False]
+    assert_same_gradients(ours[0], oracle[0], (hidden, weight), torch.full((2,), -3.0, dtype=torch.float64))
+    for i in (0, 1):
+        loss, regularizer, logps = cdpo(*one_pair(*rows, i), beta, gamma)
+        torch.testing.assert_close((loss[0], regularizer[0], logps), (oracle[0][i], oracle[1][i], oracle[2][i::2]), **EXACT)
+        assert_same_gradients(loss.sum(), oracle[0][i], (hidden, weight), None)
 
 
-def test_cdpo_gradcheck(chunked):
+def test_cdpo_gradient_by_differences(chunked):
+    """Of every number by itself, as gradcheck does it and with its tolerances. (It would go back through one graph twice.)"""
     hidden, weight, *rest = random_pairs()
-    assert torch.autograd.gradcheck(lambda h, w: cdpo(h, w, *rest, 0.5, 10.0), (hidden, weight))
+
+    def total():
+        return cdpo(hidden, weight, *rest, 0.5, 10.0)[0].sum()
+    found = torch.autograd.grad(total(), (hidden, weight))
+    for x, gradient in zip((hidden, weight), found):
+        numbers, differences = x.detach().view(-1), torch.zeros(x.numel(), dtype=torch.float64)
+        for i in range(len(numbers)):
+            for sign in (1, -1):
+                numbers[i] += sign * 1e-6
+                differences[i] += sign * total().item() / 2e-6
+                numbers[i] -= sign * 1e-6
+        torch.testing.assert_close(gradient.flatten(), differences, rtol=1e-3, atol=1e-5)
 
 
-def test_cdpo_with_a_frozen_weight():
-    """As with LoRA: the gradient of the hidden states is the same."""
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_cdpo_with_a_frozen_input(chunked, frozen):
+    """As with LoRA, whose weight is frozen: the other gradient is the same, and none is computed for this one."""
     rows = random_pairs()
-    expected, = torch.autograd.grad(full_cdpo(*rows, 0.5, 10.0)[0].sum(), rows[0])
-    rows[1].requires_grad_(False)
-    cdpo(*rows, 0.5, 10.0)[0].sum().backward()
-    torch.testing.assert_close(rows[0].grad, expected, **EXACT)
+    expected, = torch.autograd.grad(full_cdpo(*rows, 0.5, 10.0)[0].sum(), rows[1 - frozen])
+    rows[frozen].requires_grad_(False)
+    with Watch() as watch:
+        cdpo(*rows, 0.5, 10.0)[0].sum().backward()
+    torch.testing.assert_close(rows[1 - frozen].grad, expected, **EXACT)
+    assert rows[frozen].grad is None
+    unwanted = {(13, 4)} if frozen else {(n, 4) for n in (CHUNK_ROWS, 2, 11)}
+    assert not {shape for shape, _ in watch.products()} & unwanted
 
 
 def test_cdpo_in_bfloat16():
@@ -615,15 +761,18 @@ def test_cdpo_starts_at_log_2_plus_half_gamma(chunked):
 
 def test_regularizers_gradient_at_the_start_is_the_closed_form():
     """FORMULAS section 4: dR_t/dz_k = beta / (4 (V-1)) ([k != y_t] - (V-1) p_k). The identity as weight makes the hidden states
-    z; two responses of one token each, so each R_t counts one half."""
+    z; two responses of one token each, so each R_t counts one half. DPO's own gradient, which is the loss's at gamma 0, is
+    -beta / 2 (grad log pi(y_w) - grad log pi(y_l)), as sigmoid(0) is one half."""
     odds = torch.tensor([[2., 1., 1., 4.], [3., 3., 1., 1.]], dtype=torch.float64)   # rows sum to 8
     hidden, weight, targets = odds.log().requires_grad_(), torch.eye(4, dtype=torch.float64), torch.tensor([0, 3])
     beta = 0.4
-    _, regularizer, _ = cdpo(hidden, weight, targets, torch.tensor([0, 1]), hidden.detach(), weight, beta, 1.0)
-    regularizer.sum().backward()
+    plain, whole = (torch.autograd.grad(cdpo(hidden, weight, targets, torch.tensor([0, 1]), hidden.detach(), weight, beta, gamma)
+                                        [0].sum(), hidden)[0] for gamma in (0.0, 1.0))
     others = torch.tensor([[0., 1., 1., 1.], [1., 1., 1., 0.]], dtype=torch.float64)
-    torch.testing.assert_close(hidden.grad, beta / (4 * 3) * (others - 3 * odds / 8) / 2, **EXACT)
-    assert hidden.grad.abs().min() > 1e-3   # pi = ref is no minimum of R
+    torch.testing.assert_close(whole - plain, beta / (4 * 3) * (others - 3 * odds / 8) / 2, **EXACT)
+    assert (whole - plain).abs().min() > 1e-3   # pi = ref is no minimum of R
+    signs = torch.tensor([[-1.], [1.]], dtype=torch.float64)
+    torch.testing.assert_close(plain, beta / 2 * signs * (1 - others - odds / 8), **EXACT)
 
 
 def test_gamma_0_is_dpo():
@@ -635,7 +784,44 @@ def test_gamma_0_is_dpo():
     dpo, _, _ = losses.dpo_loss(*plain.chunk(2), *ref_logps.chunk(2), 0.3)
     torch.testing.assert_close(logps, plain, **EXACT)
     torch.testing.assert_close(loss, dpo, **EXACT)
-    assert_same_gradients(loss, dpo, (hidden, weight), torch.tensor([1., -3.], dtype=torch.float64))
+    assert_same_gradients(loss, dpo, (hidden, weight), torch.full((2,), -3.0, dtype=torch.float64))
+
+
+def test_only_a_multiple_of_the_sum_is_differentiated():
+    """Of anything else the gradient is not known, and it is not made up."""
+    rows = random_pairs()
+    for of in (lambda loss: loss[0], lambda loss: loss @ torch.tensor([1., -3.]).double(), lambda loss: loss.square().sum()):
+        loss, _, _ = cdpo(*rows, 0.5, 10.0)
+        with pytest.raises(ValueError, match="only a multiple of the losses' sum can be differentiated"):
+            of(loss).backward()
+    assert rows[0].grad is None and rows[1].grad is None
+
+
+@pytest.mark.parametrize("loss", ["sft", "cdpo"])
+def test_a_second_backward_pass_is_refused_and_spoils_nothing(chunked, loss):
+    """The first one scales the gradient that forward has computed; what would come a second time is not it."""
+    rows = random_pairs()
+    total = losses.sft_loss(*rows[:3], 7) if loss == "sft" else cdpo(*rows, 0.5, 10.0)[0].sum()
+    first = torch.autograd.grad(3 * total, rows[:2], retain_graph=True)
+    kept = [g.clone() for g in first]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, rows[:2], retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept))
+
+
+def test_gradients_of_one_pass_add_up(chunked):
+    """Micro-batch after micro-batch, beside what is in .grad already; the hidden states themselves stay as they are."""
+    rows = random_pairs()
+    hidden, weight = rows[:2]
+    before = hidden.detach().clone(), weight.detach().clone()
+    expected = torch.autograd.grad(full_cdpo(*rows, 0.5, 0.0)[0].sum() * 2
+                                   - full_token_logps(*rows[:3]).sum() / 8, (hidden, weight))
+    weight.grad = torch.ones_like(weight)
+    for _ in range(2):
+        cdpo(*rows, 0.5, 0.0)[0].sum().backward()
+    losses.sft_loss(*rows[:3], 8).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad - 1), expected, **EXACT)
+    assert torch.equal(hidden, before[0]) and torch.equal(weight, before[1])
 
 
 def test_regularizer_lies_between_0_and_1():
@@ -643,6 +829,98 @@ def test_regularizer_lies_between_0_and_1():
     for scale in (0.1, 1, 10):   # from nearly equal models to very different ones
         _, regularizer, _ = cdpo(scale * hidden, weight, targets, owner, ref_hidden, ref_weight, 0.5, 1.0)
         assert ((regularizer > 0) & (regularizer < 1)).all()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed micro-batches: oracle, one dialogue at a time, as a rectangle of one row
+
+BETA, GAMMA, STEP = 0.7, 3.0, 13   # STEP: scored tokens of the accumulated step
+LAST = [14], [EOT], [15, EOT]      # a prompt and a response of one token
+TRIPLES = [*zip(PROMPTS, CHOSEN, REJECTED), LAST]
+
+
+def alone(model, prompt, response, scored=None):
+    """Of one dialogue: the states before its scored tokens (the response's, unless all but the first are), the sum of these
+    tokens' log-probabilities, and the state at its last token."""
+    ids, first = [*prompt, *response], len(prompt) if scored is None else scored
+    hidden = model.hidden(torch.tensor([ids]))[0]
+    states = hidden[first - 1:-1]
+    return states, full_token_logps(states, model.wte.weight, torch.tensor(ids[first:])).sum(), hidden[-1]
+
+
+def one_at_a_time(kind, model, reference):
+    """(the numbers that the loss is made of, the loss)"""
+    if kind.startswith("sft"):
+        logps = torch.stack([alone(model, prompt, y, 1 if kind == "sft all" else None)[1] for prompt, y, _ in TRIPLES])
+        return logps, -logps.sum() / STEP
+    responses = [(triple[0], triple[1 + k]) for k in (0, 1) for triple in TRIPLES]
+    states, logps, last = zip(*(alone(model, *each) for each in responses))
+    logps = torch.stack(logps)
+    if kind.startswith("reward"):
+        w = model.reward_head.weight[0]
+        rewards = torch.stack(last) @ w[:8] - model.center
+        if kind == "reward likelihood":
+            rewards = rewards + w[8] * logps
+        chosen, rejected = rewards.chunk(2)
+        return rewards, torch.log(1 + torch.exp(rejected - chosen)).mean()
+    with torch.no_grad():
+        ref_states, ref_logps, _ = zip(*(alone(reference, *each) for each in responses))
+    if kind == "dpo":
+        chosen, rejected = (logps - torch.stack(ref_logps)).chunk(2)
+        return logps, torch.log(1 + torch.exp(-BETA * (chosen - rejected))).mean()
+    targets = torch.tensor([t for _, response in responses for t in response])
+    owner = torch.tensor([r for r, (_, response) in enumerate(responses) for _ in response])
+    loss, regularizer, _ = full_cdpo(torch.cat(states), model.wte.weight, targets, owner, torch.cat(ref_states),
+                                     reference.wte.weight.detach(), BETA, GAMMA)
+    return torch.cat((logps, regularizer)), loss.mean()
+
+
+def packed(kind, model, reference):
+    """The same as the scripts have it."""
+    tokens, rows = pairs(LAST), [0, 1, 2]
+    if kind.startswith("sft"):
+        batch = data.sft_batch(tokens, rows, kind.removeprefix("sft "))
+        hidden = batch.hidden(model)
+        loss = losses.sft_loss(hidden, model.wte.weight, batch.targets, STEP)
+        return losses.response_logps(hidden, model.wte.weight, batch), loss
+    if kind.startswith("reward"):
+        rewards = losses.batch_rewards(model, data.reward_batch(tokens, rows))
+        return rewards, losses.reward_loss(*rewards.chunk(2)).mean()
+    batch = data.pair_batch(tokens, rows)
+    with torch.no_grad():
+        ref_hidden = batch.hidden(reference)
+        ref_logps = losses.response_logps(ref_hidden, reference.wte.weight, batch)
+    if kind == "dpo":
+        logps = losses.batch_logps(model, batch)
+        return logps, losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), BETA)[0].mean()
+    loss, regularizer, logps = losses.cdpo_loss(batch.hidden(model), model.wte.weight, batch.targets, batch.owner, ref_hidden,
+                                                reference.wte.weight, ref_logps, BETA, GAMMA)
+    return torch.cat((logps, regularizer)), loss.mean()
+
+
+@pytest.mark.parametrize("kind", ["sft response", "sft all", "dpo", "cdpo", "reward hidden", "reward likelihood"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["read at places", "read everywhere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_with_a_shared_prompt_equals_one_dialogue_at_a_time(kind, adapters, everywhere, dtype, monkeypatch):
+    model, reference = tiny_gpt(0), tiny_gpt(1)
+    if kind.startswith("reward"):
+        model = reward_model(model, likelihood=kind == "reward likelihood").double().eval()
+    if adapters:
+        lora.add_lora(model, 2, 3.0, bias="all")
+    with torch.no_grad():
+        for p in (*model.parameters(), *reference.parameters()):   # nothing is 0 or 1, and the two models differ
+            p.add_(0.2 * torch.randn_like(p))
+    model, reference = model.to(dtype), reference.to(dtype)
+    expected, plain = one_at_a_time(kind, model, reference)
+    if everywhere:   # the last block leaves nothing out
+        monkeypatch.setattr(model, "hidden", lambda ids, packing, at, real=model.hidden: real(ids, packing)[at])
+    found, loss = packed(kind, model, reference)
+    exact = dtype == torch.float64   # fp32: sums in another order
+    torch.testing.assert_close(found, expected, rtol=1e-10 if exact else 1e-6, atol=1e-10 if exact else 0)
+    torch.testing.assert_close(loss, plain, rtol=1e-10 if exact else 1e-5, atol=0)
+    expected = gradient(plain, model)
+    torch.testing.assert_close(gradient(loss, model), expected, rtol=0, atol=(1e-10 if exact else 1e-5) * expected.abs().max())
+    assert expected.abs().max() > 0.01 and (expected != 0).float().mean() > 0.7
 
 # ----------------------------------------------------------------------------------------------------------------------
 # wins: by hand

@@ -1,5 +1,6 @@
 """
-model.py: the network is GPT-2 (transformers is the judge), the KV cache changes no token, weights go in and out unharmed.
+model.py: the network is GPT-2 (transformers is the judge), packed tokens are dialogues run alone, the KV cache changes no token,
+weights go in and out unharmed.
 
     python -m pytest -q tests/test_model.py
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
+import data
 import model as gpt
 from files import InputError, write_checkpoint
 from model import GPT, SIZES, GPTConfig, export, flops, load, sample
@@ -157,7 +159,20 @@ def test_flops_of_one_token_equal_torchs_counter():
     with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
             torch.nn.attention.SDPBackend.MATH):   # as plain products, which the counter knows on every machine
         GPT(config)(torch.tensor([[3]]))
-    assert flops(config, [1], 1) == counter.get_total_flops()
+    assert flops(config, 1, 1, 1) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("at", [[0, 2, 3, 5], [4], [1, 1, 0, 5, 5, 2, 3]])   # a place that is read twice is computed twice
+def test_flops_of_packed_tokens_equal_torchs_counter(at):
+    """Six sequences of one token each, for the same reason, read at some places in the last block; the head meets fewer."""
+    config = GPTConfig(block_size=4, vocab_size=11, n_layer=3, n_head=2, n_embd=8)
+    model, line = GPT(config), torch.arange(6)
+    packing = gpt.Packing(torch.zeros_like(line), ((4, 1), (2, 1)), line, line)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(
+            torch.nn.attention.SDPBackend.MATH):
+        hidden = model.hidden(line, packing, torch.tensor(at))
+        hidden[:1] @ model.wte.weight.T
+    assert flops(config, 6, 6, len(at), 1) == counter.get_total_flops()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # worked by hand
@@ -172,20 +187,26 @@ def test_parameter_counts(name, count):
 
 
 def test_flops_by_hand():
-    """V 10, C 4, 2 layers; sequences of 3 and 1 tokens. A block has 12 * 4^2 = 192 weights: 2 * 192 * 2 layers * 4 tokens = 3072.
-    Positions attended: 1 + 2 + 3, and 1, so 7: 4 * 2 layers * 4 channels * 7 = 224. Head at 2 positions: 2 * 10 * 4 * 2 = 160."""
+    """V 10, C 4, 2 layers; sequences of 3 and 1 tokens. A block has 12 * 4^2 = 192 weights: 2 * 192 * 2 layers * 4 tokens = 3072,
+    less what the 2 tokens that are not read do not meet in the last block, c_proj, c_fc and c_proj, (1 + 4 + 4) * 4^2 = 144:
+    2 * 144 * 2 = 576. Positions attended: 1 + 2 + 3, and 1, so 7: 4 * 2 layers * 4 channels * 7 = 224. Head at 2 positions:
+    2 * 10 * 4 * 2 = 160."""
     config = GPTConfig(block_size=8, vocab_size=10, n_layer=2, n_head=2, n_embd=4)
-    assert flops(config, [3, 1], 2) == 3072 + 224 + 160
-    assert flops(config, [3, 1], 2, backward=True) == 3 * (3072 + 224 + 160)
-    # rank 2: A and B of the four layers have 2 * 16 * 4 = 128 numbers a block: 2 * 128 * 2 layers * 4 tokens = 2048
-    assert flops(config, [3, 1], 2, backward=True, rank=2) == 2 * (3072 + 160) + 3 * (2048 + 224)
+    assert flops(config, 4, 7, 2) == 3072 - 576 + 224 + 160
+    assert flops(config, 4, 7, 2, backward=True) == 3 * (3072 - 576 + 224 + 160)
+    assert flops(config, 4, 7, 4, head=2) == 3072 + 224 + 160   # read everywhere, by the head at two places
+    assert flops(config, 4, 7, 2, head=0) == 3072 - 576 + 224   # as a reward model, whose head is next to nothing
+    assert flops(config, 0, 0, 0, head=2) == 160                # as a reference whose hidden states are known
+    # rank 2: A and B of the four layers have 2 * 16 * 4 = 128 numbers a block: 2 * 128 * 2 layers * 4 tokens = 2048; less those
+    # of three layers, (2 + 5 + 5) * 4 * 2 = 96 numbers, at two tokens: 2 * 96 * 2 = 384
+    assert flops(config, 4, 7, 2, backward=True, rank=2) == 2 * (3072 - 576 + 160) + 3 * (2048 - 384 + 224)
 
 
-def test_uniform_attention_by_hand():
-    """Two channels, queries and keys 0, values and projection the identity: attention adds the mean of what is behind.
-
-    Tokens A = (1, -1) and B = (-1, 1) are their own LayerNorm. For A B B the means are A, 0 and (A + 2 B) / 3 = B / 3."""
-    model = GPT(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=2))
+def averaging():
+    """Two channels, queries and keys 0, values and projection the identity: attention adds the mean of what is behind. Tokens
+    A = (1, -1) and B = (-1, 1) are their own LayerNorm (but for its epsilon of 1e-5, which makes 0.999995 of 1). Returns the
+    model and the list into which it puts the stream behind the attention."""
+    model = GPT(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=2)).eval()
     for p in model.h.parameters():
         if p.dim() == 2:
             torch.nn.init.zeros_(p)
@@ -195,9 +216,14 @@ def test_uniform_attention_by_hand():
         model.h[0].attn.c_attn.weight[4:].copy_(torch.eye(2))
         model.h[0].attn.c_proj.weight.copy_(torch.eye(2))
     seen = []
-    model.h[0].ln_2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))   # the stream behind the attention
-    model.eval()(torch.tensor([[0, 1, 1]]))
-    # LayerNorm's epsilon of 1e-5 makes (1, -1) into 0.999995 (1, -1)
+    model.h[0].ln_2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    return model, seen
+
+
+def test_uniform_attention_by_hand():
+    """For A B B the means are A, 0 and (A + 2 B) / 3 = B / 3."""
+    model, seen = averaging()
+    model(torch.tensor([[0, 1, 1]]))
     torch.testing.assert_close(seen[0][0], torch.tensor([[2., -2.], [-1., 1.], [-4 / 3, 4 / 3]]), atol=1e-5, rtol=0)
 
 
@@ -345,7 +371,7 @@ def test_dropout_is_where_gpt2_has_it(hf_folder, ours):
             assert abs(kept.float().mean() - (1 - p)) < 0.04   # 4 standard errors: 4 sqrt(p (1 - p) / 2304)
         # the attention alone, on one input twice: only its probabilities can differ
         x = torch.randn(1, 6, 24)
-        one, two = (block.attn(x, None, 0) for _ in range(2))
+        one, two = (block.attn(x, None, None, None, 0) for _ in range(2))
         assert not torch.equal(one, two)
         torch.testing.assert_close(model.eval()(idx), ours(idx), atol=0, rtol=0)
 
@@ -362,6 +388,164 @@ def test_block_size_cut(hf_folder, ours):
     for wrong in (0, -1, BLOCK + 1):
         with pytest.raises(InputError, match=f"block_size {wrong}.*1 to {BLOCK}"):
             load(str(hf_folder), block_size=wrong)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# packed tokens: oracle, each dialogue alone as a rectangle of one row
+
+# prompt, chosen, rejected: of unequal length on purpose, prompts and responses of one token too
+PAIRS = [([5, 17, 40], [8, 33, 2, 2, 59], [11]), ([7], [21, 1], [0, 9, 9, 30, 4, 4, 12, 50, 3]), ([6, 28, 13, 0, 44], [7], [35]),
+         ([2, 2], [41, 19, 3], [41, 19, 3])]
+
+
+def packed(pairs=PAIRS):
+    """A micro-batch that holds every token, the last too; and where each dialogue's tokens stand in its line, which is prompt,
+    chosen, rejected of pair after pair: all chosen dialogues, then all rejected ones."""
+    batch, places, start = data.collate(pairs, whole=True), ([], []), 0
+    assert batch.tokens.tolist() == [t for pair in pairs for part in pair for t in part]
+    for prompt, *responses in pairs:
+        stem, start = torch.arange(start, start + len(prompt)), start + len(prompt)
+        for found, response in zip(places, responses):
+            found.append(torch.cat((stem, torch.arange(start, start + len(response)))))
+            start += len(response)
+    return batch, places[0] + places[1]
+
+
+def states_alone(model, batch, places):
+    return [model.hidden(batch.tokens[at][None])[0] for at in places]
+
+
+def assert_equal_gradients(model, scalar, oracle, tolerance):
+    """Of all parameters, up to this share of the largest number in the oracle's."""
+    found, expected = (torch.autograd.grad(x, list(model.parameters())) for x in (scalar, oracle))
+    largest = max(g.abs().max() for g in expected)
+    for (name, _), a, b in zip(model.named_parameters(), found, expected):
+        assert (a - b).abs().max() <= tolerance * largest, name
+
+
+# fp32 sums in another order; in fp64 nothing is left of that
+precisions = pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+
+
+@precisions
+def test_packed_states_and_gradients_equal_each_dialogues_alone(ours, dtype, tolerance):
+    model, (batch, places) = ours.to(dtype), packed()
+    together, alone = model.hidden(batch.tokens, batch.packing), states_alone(model, batch, places)
+    assert together.shape == (len(batch.tokens), 24) and together.dtype == dtype
+    for at, states in zip(places, alone):
+        torch.testing.assert_close(together[at], states, atol=tolerance, rtol=0)
+    upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r, x in enumerate(alone)]
+    assert_equal_gradients(model, *(sum((x * u).sum() for x, u in zip(states, upstream))
+                                    for states in ([together[at] for at in places], alone)), tolerance)
+
+
+@precisions
+def test_packed_states_where_they_are_read(ours, dtype, tolerance):
+    """In any order, twice, and not at all; the gradients too."""
+    model, (batch, places) = ours.to(dtype), packed()
+    at = torch.cat((batch.ends, batch.score_at.flip(0), torch.zeros(2, dtype=torch.long)))
+    found, expected = model.hidden(batch.tokens, batch.packing, at), torch.zeros(len(batch.tokens), 24, dtype=dtype)
+    for numbers, states in zip(places, states_alone(model, batch, places)):
+        expected = expected.index_copy(0, numbers, states)
+    torch.testing.assert_close(found, expected[at], atol=tolerance, rtol=0)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_equal_gradients(model, (found * upstream).sum(), (expected[at] * upstream).sum(), tolerance)
+
+# ---- worked by hand
+
+def test_uniform_attention_over_a_shared_prompt_by_hand():
+    """Prompt A B, responses A and B: the means are A, 0, then (2 A + B) / 3 = A / 3 for the first and (A + 2 B) / 3 = B / 3 for
+    the second, which does not see the first. The stream is the token plus the mean."""
+    (model, seen), line = averaging(), torch.tensor([0, 1, 0, 1])
+    expected = torch.tensor([[2., -2.], [-1., 1.], [4 / 3, -4 / 3], [-4 / 3, 4 / 3]])
+    for shapes in ((2, 3),), ((1, 3), (1, 3)):   # side by side in one rectangle, and each in its own
+        packing = gpt.Packing(torch.tensor([0, 1, 2, 2]), shapes, torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([0, 4, 2, 5]))
+        model.hidden(line, packing)
+        model.hidden(line, packing, torch.tensor([3, 0]))
+        torch.testing.assert_close(seen[-2], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen[-1], expected[[3, 0]], atol=1e-5, rtol=0)
+
+# ---- properties
+
+@pytest.mark.parametrize("changed", [1, 2])
+def test_a_response_does_not_see_the_other_one(ours, changed):
+    """Other tokens in the chosen responses change no state of a prompt or of a rejected response, and the other way round."""
+    others = [[part if k != changed else [(t + 1) % V for t in part] for k, part in enumerate(pair)] for pair in PAIRS]
+    (batch, places), (other, _) = packed(), packed(others)
+    half = places[:4] if changed == 1 else places[4:]
+    mine = torch.cat([at[len(prompt):] for at, (prompt, *_) in zip(half, PAIRS)]).sort().values
+    rest = torch.tensor(sorted(set(range(len(batch.tokens))) - set(mine.tolist())))
+    with torch.no_grad():
+        before, after = (ours.hidden(b.tokens, b.packing) for b in (batch, other))
+    assert torch.equal((batch.tokens != other.tokens).nonzero().flatten(), mine)
+    torch.testing.assert_close(after[rest], before[rest], atol=1e-6, rtol=0)   # but for a kernel that splits work by content
+    assert ((after[mine] - before[mine]).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("groups", [[8], [1] * 8, [3, 5]], ids=str)
+@pytest.mark.parametrize("filler, more", [(3, 0), (11, 1), (0, 4)])
+def test_how_rows_make_rectangles_changes_nothing(ours, groups, filler, more):
+    """One for all, one each, two; any token behind a row's end, and any number of them; a prompt may be read from any of its
+    rows."""
+    batch, places = packed()
+    shapes, filled, back, start = [], [], torch.empty_like(batch.packing.back), 0
+    for n in groups:
+        rows, places = places[:n], places[n:]
+        T = max(map(len, rows)) + more
+        shapes.append((n, T))
+        for at in rows:
+            filled.append(F.pad(at, (0, T - len(at)), value=filler))
+            back[at] = start + torch.arange(len(at))
+            start += T
+    with torch.no_grad():
+        expected = ours.hidden(batch.tokens, batch.packing)
+        found = ours.hidden(batch.tokens, gpt.Packing(batch.packing.positions, tuple(shapes), torch.cat(filled), back))
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 17])
+def test_attention_is_called_a_few_times_a_layer(ours, monkeypatch, n):
+    """However many pairs there are: a call for each of them is what would make packing slow on a GPU."""
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda *a, **k: calls.append(tuple(a[0].shape)) or real(*a, **k))
+    batch, places = packed((PAIRS * 5)[:n])
+    ours.hidden(batch.tokens, batch.packing, batch.score_at).sum().backward()
+    assert len(calls) == 2 * min(data.RECTANGLES, 2 * n) and data.RECTANGLES <= 4   # two layers
+    assert calls == [(B, 3, T, 8) for B, T in batch.packing.shapes] * 2
+    assert sum(B for B, *_ in calls) == 2 * 2 * n and max(T for _, _, T, _ in calls) == max(map(len, places))
+
+
+def test_the_line_may_be_longer_than_the_context_but_no_sequence(ours):
+    batch, _ = packed([([1, 2], [3] * 20, [4] * 22)] * 3)   # 24 tokens in the longest, 132 in the line
+    assert ours.hidden(batch.tokens, batch.packing).shape == (132, 24)
+    batch, _ = packed([([1, 2], [3] * 20, [4] * 23)])
+    with pytest.raises(InputError, match="a sequence of 25 tokens does not fit block_size 24"):
+        ours.hidden(batch.tokens, batch.packing)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("form", ["rectangle", "packed", "read at places"])
+def test_checkpointed_activations_give_the_same_gradients(hf_folder, form, dropout):
+    """What is computed again is what was computed, dropout's draws included; both blocks are, and only in a backward pass."""
+    model, (batch, _), runs = load(str(hf_folder), dropout=dropout).train(), packed(), []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda module, args: runs.append(module))
+    arguments = {"rectangle": (tokens(3, 9),), "packed": (batch.tokens, batch.packing),
+                 "read at places": (batch.tokens, batch.packing, batch.score_at)}[form]
+    found = []
+    for model.checkpoint_activations in (False, True):
+        torch.manual_seed(3)
+        hidden = model.hidden(*arguments)
+        upstream = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+        runs.clear()
+        found.append((hidden.detach(), torch.autograd.grad((hidden * upstream).sum(), list(model.parameters()))))
+        assert runs == [[], [model.h[1], model.h[0]]][model.checkpoint_activations]
+        with torch.no_grad():
+            model.hidden(*arguments)
+        assert len(runs) == 2 + 2 * model.checkpoint_activations   # not kept, so nothing to compute again
+    assert torch.equal(found[0][0], found[1][0])
+    largest = max(g.abs().max() for g in found[0][1])
+    for one, two in zip(found[0][1], found[1][1]):
+        assert (one - two).abs().max() <= 1e-6 * largest
 
 # ----------------------------------------------------------------------------------------------------------------------
 # properties of generation

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import signal
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Literal
 
@@ -192,6 +193,64 @@ def test_first_signal_is_polite_the_second_is_not(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run.end()
     assert stopped.value.code == 130 and signal.getsignal(signal.SIGTERM) != before
+
+
+def test_a_rehearsal_changes_nothing(monkeypatch):
+    """The first loss alone goes forward and back, beside as many bytes as the optimizer will take. Afterwards there is no
+    gradient, no memory is held, weights and optimizer are as before, and torch's generator, for all of dropout, has drawn
+    nothing."""
+    model = gpt.GPT(gpt.GPTConfig(16, 32, 1, 2, 8, dropout=0.5))
+    optimizer, weights = torch.optim.AdamW(model.parameters(), lr=0.1), [p.detach().clone() for p in model.parameters()]
+    made, seen, real = [], [], torch.empty
+
+    def empty(*size, **options):
+        made.append(weakref.ref(found := real(*size, **options)))
+        return found
+
+    def losses():
+        hidden = model.hidden(torch.arange(8)[None])
+        hidden.register_hook(lambda gradient: seen.append((gradient.any().item(), [held().nbytes for held in made])))
+        yield hidden.square().sum()
+        raise AssertionError("the second micro-batch was computed")
+    monkeypatch.setattr(runs.torch, "empty", empty)
+    state = torch.get_rng_state()
+    runs.rehearse(losses(), optimizer, 12345, torch.device("cpu"))
+    assert seen == [(True, [12345])] and [held() for held in made] == [None]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters()) and not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "the optimizer's bytes"])
+def test_what_does_not_fit_is_one_line_before_there_is_a_run(tmp_path, monkeypatch, capsys, where):
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def main(cfg):
+        run, (model, optimizer) = runs.Run(cfg), tiny()
+
+        def losses():
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            yield Full.apply(model.hidden(torch.arange(8)[None]).sum())
+        if where == "the optimizer's bytes":
+            def empty(*size, **options):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            monkeypatch.setattr(runs.torch, "empty", empty)
+        runs.rehearse(losses(), optimizer, 100, torch.device("cpu"))
+        run.begin(model, optimizer, 4, init_sha256="x", data_sha256="y")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        runs.command_line(main, Config)
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == ("error: out of GPU memory: try fewer sequences at a time (--micro-batch, with a larger "
+                                       "--accumulate)\n")
 
 
 def test_setup_seeds_and_refuses_unknown_devices():

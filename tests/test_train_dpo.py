@@ -1,12 +1,13 @@
 """
 train_dpo.py: its losses and rewards equal those of an independent loop over transformers' GPT-2, it starts at log 2 with every
-pair a tie, and it resumes bit for bit.
+pair a tie, a cached reference is as good as a live one, and it resumes bit for bit.
 
     python -m pytest -q tests/test_train_dpo.py
 """
 import contextlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,10 @@ import data
 import lora
 import model as gpt
 import optim
+import reference
 import train_dpo
 import train_sft
-from files import InputError, read_checkpoint
+from files import InputError, fingerprint, read_checkpoint, write_checkpoint
 
 TINY = train_dpo.Config(steps=10, micro_batch=3, accumulate=2, eval_every=5, eval_samples=8, log_every=1, lr=1e-3, warmup=2,
                         beta=0.1)
@@ -47,6 +49,10 @@ def no_pictures(monkeypatch):
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def caches(home):
+    return {f.parent.name for f in Path(home).rglob("logps.npz")}
 
 
 # ---- oracle --------------------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(sft, tmp_path, no_pictur
         if optimizer == "adamw":
             adamw.step()
             adamw.zero_grad()
-    assert ours[-1]["train_margin"] > 0.05   # it moved, so the comparison meant something
+    assert abs(ours[-1]["train_margin"]) > 0.05   # it moved, so the comparison meant something
 
 
 def test_ten_lora_steps_equal_a_plain_loop_over_peft(sft, tmp_path, no_pictures):
@@ -178,25 +184,52 @@ def test_a_start_that_is_not_the_reference_is_an_error():
         train_dpo.check_start({**fine, "ties": 0.9})
 
 
-def test_a_reference_that_differs_stops_the_run(sft, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["live", "cache"])
+def test_a_reference_that_differs_stops_the_run(sft, tmp_path, monkeypatch, how):
     """The check is wired in: a reference that differs stops the run before its first step."""
     noisy = gpt.load(sft)
     with torch.no_grad():
         noisy.wpe.weight.mul_(1.5)   # adding a constant would not do: every LayerNorm takes it out again
     monkeypatch.setattr(train_dpo, "copy", SimpleNamespace(deepcopy=lambda model: noisy))
+    monkeypatch.setattr(train_dpo, "again", lambda *arguments: noisy)
     with pytest.raises(InputError, match="at step 0 policy and reference differ"):
-        train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run")))
+        train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run"), reference=how))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_flops_by_hand(sft, tmp_path, no_pictures, rank):
+    """One step of 2 micro-batches of 3 pairs. A prompt of p tokens is there once, a response of n with end-of-text puts in n - 1
+    and is scored n times. In the second of two blocks, the matrices behind attention, 9 of the 12 (of the adapters' 16 C r
+    numbers 12), meet scored places only. A live reference costs a forward pass more, a cached one nothing, in CDPO the product
+    with the vocabulary."""
+    pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
+    order = data.Order([sum(len(encoding.encode(text)) for text in p) + 2 for p in pairs], 3, TINY.seed)
+    met = [[len(encoding.encode(text)) + (k > 0) for k, text in enumerate(pairs[i])] for k in (0, 1) for i in order[k]]
+    tokens, scored = sum(p + c + r - 2 for p, c, r in met), sum(c + r for _, c, r in met)
+    matrices = 2 * 128 ** 2 * (15 * tokens + 9 * scored) + 2 * 2048 * 128 * scored
+    adapters = 2 * rank * 128 * (20 * tokens + 12 * scored)
+    attention = 4 * 2 * 128 * sum(p * (p + 1) // 2 + sum(p * n + n * (n + 1) // 2 for n in (c - 1, r - 1)) for p, c, r in met)
+    policy = (2 if rank else 3) * matrices + 3 * (adapters + attention)
+    for loss, how, ours in (("dpo", "cache", policy), ("cdpo", "cache", policy + 2 * 2048 * 128 * scored),
+                            ("dpo", "live", policy + matrices + attention), ("cdpo", "live", policy + matrices + attention)):
+        final = train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / f"{loss}-{how}"), steps=1, eval_every=1, eval_answers=0,
+                                       loss=loss, reference=how, lora_rank=rank))
+        assert (final["tokens"], final["flops"]) == (tokens, ours), (loss, how)
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, adapters", [("dpo", {}), ("cdpo", {}), ("dpo", {"lora_rank": 2, "lora_bias": "all"}),
-                                            ("cdpo", {"lora_rank": 1, "optimizer": "lion-pma"})])
-def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, loss, adapters):
+                                            ("cdpo", {"lora_rank": 1, "optimizer": "lion-pma"}), ("cdpo", {"reference": "live"}),
+                                            ("cdpo", {"lora_rank": 1, "reference": "cache"})])
+def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, capsys, loss, adapters):
     cfg = replace(TINY, init=sft, loss=loss, **adapters)
     train_dpo.main(replace(cfg, out=str(tmp_path / "whole")))
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), stop_at=5))
+    capsys.readouterr()
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), resume=True))
+    cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
+    assert ("reference: 0.0 MB for 0 of 60 pairs that are not yet in" in capsys.readouterr().out) == cached   # 10 steps of 6
     for name in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(tmp_path / run / name)["model"] for run in ("whole", "cut"))
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -209,12 +242,119 @@ def test_one_model_in_memory_is_as_good_as_two(sft, tmp_path, no_pictures, monke
     """With a live copy of the base in the place of the adapters that are off, a LoRA run finds the same to the last bit."""
     cfg = replace(TINY, init=sft, lora_rank=2, lora_bias="all", loss="cdpo", lr=1e-2)
     one = train_dpo.main(replace(cfg, out=str(tmp_path / "one")))
-    base = gpt.load(sft).eval().requires_grad_(False)
-    monkeypatch.setattr(lora, "adapters_off", lambda model: contextlib.nullcontext(base))
+    base, real = gpt.load(sft).eval().requires_grad_(False), reference.live
+    monkeypatch.setattr(reference, "live", lambda model: real(base))
+    monkeypatch.setattr(lora, "adapters_off", lambda model: contextlib.nullcontext())   # nobody switches them off
     two = train_dpo.main(replace(cfg, out=str(tmp_path / "two")))
     timing = ("seconds",)
     assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in two.items() if k not in timing}
     assert one["val_full_kl"] > 1e-4 and one["policy_entropy"] > 0   # they differed by then
+
+
+@pytest.mark.parametrize("loss, tolerance", [("dpo", 1e-5), ("cdpo", 2e-3)])   # fp32; states in fp16 times gamma
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_cached_reference_is_as_good_as_a_live_one(sft, tmp_path, no_pictures, capsys, loss, tolerance, rank):
+    """The same losses, margins and gradients over six steps; evaluations, which look at other pairs, are live in both."""
+    cfg = replace(TINY, init=sft, steps=6, eval_every=3, eval_answers=0, loss=loss, gamma=2.0, lora_rank=rank,
+                  lr=1e-2 if rank else 3e-3)
+    said = {}
+    for how in ("live", "cache", "auto"):
+        train_dpo.main(replace(cfg, out=str(tmp_path / how), reference=how))
+        said[how] = "reference: " in capsys.readouterr().out
+    assert said == {"live": False, "cache": True, "auto": not rank}   # with adapters a live one takes no memory
+    live, cached = metrics(tmp_path / "live"), metrics(tmp_path / "cache")
+    for a, b in zip(live, cached, strict=True):
+        for key in ("train_loss", "train_margin", "train_reward_accuracy", "val_dpo_loss", "val_full_kl", "regularizer"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=tolerance)
+        assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-3)
+    assert live[-1]["val_full_kl"] > 1e-3 and max(abs(e.get("train_margin", 0)) for e in live) > 0.05   # it moved
+    auto = metrics(tmp_path / "auto")
+    assert [e.get("train_loss") for e in auto] == [e.get("train_loss") for e in (live if rank else cached)]
+
+
+def test_the_policy_moves_and_the_cache_does_not(sft, tmp_path, no_pictures):
+    """The head is tied to the embedding that trains: CDPO's reference keeps its own."""
+    cfg = replace(TINY, init=sft, steps=4, eval_every=4, eval_answers=0, loss="cdpo", lr=1e-2)
+    live, cached = (train_dpo.main(replace(cfg, out=str(tmp_path / how), reference=how)) for how in ("live", "cache"))
+    moved = gpt.load(sft).wte.weight - read_checkpoint(tmp_path / "cache" / "last.pt")["model"]["wte.weight"]
+    assert moved.abs().max() > 0.01 and cached["val_dpo_loss"] == pytest.approx(live["val_dpo_loss"], abs=2e-3)
+
+
+@pytest.mark.parametrize("change, new", [({}, 0), ({"seed": 2}, 0), ({"lr": 0.1, "loss": "dpo", "beta": 1.0}, 0),
+                                         ({"lora_rank": 2, "reference": "cache"}, 0), ({"loss": "cdpo"}, 1),
+                                         ({"block_size": 400}, 1), ({"half": "sft"}, 1), ({"dtype": "bfloat16"}, 1),
+                                         ({"init": "mini"}, 1)], ids=str)
+def test_what_makes_another_cache(sft, tmp_path, monkeypatch, change, new):
+    """Model, data, context, precision and whether states are kept; nothing else. Adapters start as their base."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+    class Filled(Exception):
+        pass
+
+    def stop(*arguments, **facts):
+        raise Filled
+    monkeypatch.setattr(train_dpo.runs.Run, "begin", stop)   # what comes after the cache is filled
+    for cfg in (TINY, replace(TINY, **change)):
+        with pytest.raises(Filled):
+            train_dpo.main(replace(cfg, out=str(tmp_path / "run"), init=change.get("init", sft) if cfg is not TINY else sft))
+    assert len(caches(tmp_path / "home")) == 1 + new and not (tmp_path / "run").exists()
+
+
+def test_the_variance_probe_draws_from_all_pairs_and_all_are_there(sft, tmp_path, no_pictures, capsys):
+    """A step sees 6 of the training pairs, the probe any."""
+    pairs = data.load_pairs("minihh")[0]["train"][:60]
+    rows = [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in pairs]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = replace(TINY, init=sft, data=str(tmp_path / "some.jsonl"), steps=1, eval_every=1, eval_answers=0)
+    train_dpo.main(replace(cfg, out=str(tmp_path / "run")))
+    assert "for 6 of 6 pairs" in capsys.readouterr().out
+    n = len(data.load_pairs(cfg.data)[0]["train"])
+    train_dpo.main(replace(cfg, out=str(tmp_path / "probed"), variance_every=1))
+    assert f"for {n - 6} of {n} pairs" in capsys.readouterr().out
+    probe = next(e for e in metrics(tmp_path / "probed") if "probe_loss" in e)
+    assert probe["probe_loss"] == pytest.approx(math.log(2), abs=1e-5)   # all of them: NaN for what is not there
+
+
+def test_bfloat16_with_a_cache(sft, tmp_path, no_pictures):
+    """As on a GPU, here by autocast on the CPU: states are kept, and every pair is a tie before the first step."""
+    cfg = replace(TINY, init=sft, steps=3, eval_every=3, eval_answers=0, loss="cdpo", dtype="bfloat16")
+    live, cached = (metrics(tmp_path / how) for how in ("live", "cache")
+                    if train_dpo.main(replace(cfg, out=str(tmp_path / how), reference=how)))
+    for a, b in zip(live, cached, strict=True):
+        assert a.get("train_loss") == pytest.approx(b.get("train_loss"), abs=2e-2)
+    assert cached[0]["ties"] == 1
+
+
+def test_an_init_that_changes_under_the_run_is_refused(sft, tmp_path, monkeypatch):
+    """A run with a cache reads --init again where it evaluates."""
+    start, out = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(sft, start)
+    other = read_checkpoint(start / "best.pt")
+    other["model"]["ln_f.bias"] += 0.1
+
+    def change(folder):   # after the evaluation at step 0
+        write_checkpoint(start / "best.pt", other)
+    monkeypatch.setattr(train_dpo.plots, "draw", change)
+    cfg = replace(TINY, init=str(start), out=str(out), eval_answers=0, steps=4, eval_every=2)
+    with pytest.raises(InputError, match=f"--init {start} is not what it was when the run began"):
+        train_dpo.main(cfg)
+    assert [e["step"] for e in metrics(out)] == [0, 1, 2]
+    with pytest.raises(InputError, match=f"cannot be resumed: --init {start} is not what it was"):
+        train_dpo.main(replace(cfg, resume=True))
+
+
+@pytest.mark.parametrize("init", ["mini", None])
+def test_the_reference_comes_again_without_a_draw(sft, init):
+    """--init mini is drawn from the seed: the same weights again, and torch's generator where it was."""
+    cfg = replace(TINY, init=init or sft, block_size=300)
+    torch.manual_seed(cfg.seed)
+    model = gpt.load(cfg.init, block_size=300)
+    state, sha256 = torch.get_rng_state(), fingerprint(model.state_dict())
+    again = train_dpo.again(cfg, sha256, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state) and fingerprint(again.state_dict()) == sha256
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    with pytest.raises(InputError, match="is not what it was when the run began"):
+        train_dpo.again(cfg, "another", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
@@ -266,7 +406,38 @@ def test_it_learns_the_training_preferences(sft, tmp_path):
     assert all((out / png).read_bytes().startswith(b"\x89PNG") for png in ("loss.png", "accuracy.png"))
 
 
+@pytest.mark.parametrize("how", ["live", "cache"])
+def test_what_does_not_fit_in_memory_says_so_before_there_is_a_run(sft, tmp_path, monkeypatch, capsys, how):
+    """And before the reference is computed: the longest micro-batch comes first."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    seen, real = [], data.pair_batch
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(data, "pair_batch", lambda tokens, rows: seen.append((tokens, rows)) or real(tokens, rows))
+    monkeypatch.setattr(train_dpo.losses, "dpo_loss", full)
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--out", str(tmp_path / "run"), "--init", sft, "--steps", "3",
+                                      "--micro-batch", "4", "--accumulate", "2", "--reference", how])
+    with pytest.raises(SystemExit) as stopped:
+        train_dpo.runs.command_line(train_dpo.main, train_dpo.Config)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: out of GPU memory") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists() and not caches(tmp_path / "home")
+    (train, rows), = seen
+    order = data.Order(lengths := train.lengths().sum(1), 4, TINY.seed)
+    assert lengths[rows].sum() == max(lengths[order[i]].sum() for i in range(6)) and len(rows) == 4
+
+
+def test_a_disk_that_is_too_small_is_refused_before_there_is_a_run(sft, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e5))
+    with pytest.raises(InputError, match="above half of the .* that are free: use --reference live"):
+        train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run"), loss="cdpo"))
+    assert not (tmp_path / "run").exists() and not caches(tmp_path / "home")
+
+
 @pytest.mark.parametrize("flags, message", [
+    (["--reference", "none"], "invalid choice: 'none'"),
     (["--dropout", "0.1"], "dropout off"),
     (["--lora-rank", "2", "--lora-dropout", "0.1"], "--lora-dropout 0.1: DPO runs with dropout off"),
     (["--loss", "cdpo", "--label-smoothing", "0.1"], "goes with --loss dpo only"),

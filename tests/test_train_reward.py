@@ -158,18 +158,24 @@ def test_calibration_by_hand():
 
 
 def test_counters_and_flops_by_hand(sft, tmp_path, no_pictures, few_for_the_centre):
-    """3 steps of 2 micro-batches of 3 pairs are 18 pairs. Whole dialogues go in, end-of-text too; no vocabulary is multiplied."""
+    """3 steps of 2 micro-batches of 3 pairs are 18 pairs. Whole dialogues go in, end-of-text too, a prompt once for both
+    responses; no vocabulary is multiplied. In the second of two blocks, the matrices behind attention, 9 of the 12, meet only the
+    last tokens, two a pair; with the likelihood, also the places that predict the responses."""
     final = train_reward.main(replace(TINY, init=sft, steps=3, out=str(tmp_path / "run")))
     assert (final["step"], final["updates"], final["micro_step"], final["samples"]) == (3, 3, 6, 18)
     final = train_reward.main(replace(TINY, init=sft, steps=1, eval_every=1, out=str(tmp_path / "one")))
     pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
     order = data.Order([sum(len(encoding.encode(text)) for text in p) + 2 for p in pairs], 3, TINY.seed)
-    lengths = [len(whole_ids(pairs[i], which)) for k in (0, 1) for i in order[k] for which in (1, 2)]
-    assert final["tokens"] == sum(lengths)
-    assert final["flops"] == 3 * sum(2 * 12 * 2 * 128 ** 2 * n + 4 * 2 * 128 * n * (n + 1) // 2 for n in lengths)
+    met = [[len(encoding.encode(text)) + (k > 0) for k, text in enumerate(pairs[i])] for k in (0, 1) for i in order[k]]
+    tokens, scored = sum(map(sum, met)), sum(c + r for _, c, r in met)
+    places = sum(p * (p + 1) // 2 + sum(p * n + n * (n + 1) // 2 for n in (c, r)) for p, c, r in met)   # that are attended to
+    assert final["tokens"] == tokens
+
+    def three_passes(read, head):
+        return 3 * (2 * 128 ** 2 * (12 * tokens + 3 * tokens + 9 * read) + 4 * 2 * 128 * places + 2 * 2048 * 128 * head)
+    assert final["flops"] == three_passes(2 * 6, 0)
     more = train_reward.main(replace(TINY, init=sft, steps=1, eval_every=1, head="likelihood", out=str(tmp_path / "more")))
-    scored = sum(len(encoding.encode(response)) + 1 for k in (0, 1) for i in order[k] for response in pairs[i][1:])
-    assert more["flops"] == final["flops"] + 3 * 2 * 2048 * 128 * scored
+    assert more["flops"] == three_passes(2 * 6 + scored, scored) and more["tokens"] == tokens
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
@@ -199,19 +205,24 @@ def test_rewards_do_not_depend_on_padding_neighbours_or_batch_size(sft):
     prompts, answers = ([tokens[i][part] for i in range(20)] for part in (0, 1))
     answers[3] = torch.tensor([2047, 5, 0, 0]).numpy()       # end-of-text first, two of the padding's id at the end
     answers[4] = torch.tensor([2047, 2047, 2047]).numpy()
+    dialogues = list(zip(prompts, answers))
     with torch.no_grad():
         alone = torch.stack([model.hidden(torch.tensor([[*p.tolist(), *a.tolist()]]))[0, -1] for p, a in zip(prompts, answers)])
         alone = alone @ model.reward_head.weight[0]
         for size in (1, 3, 20):
-            rows = [list(range(i, min(i + size, 20))) for i in range(0, 20, size)]
-            batches = [data.collate([prompts[i] for i in r], [answers[i] for i in r], whole=True) for r in rows]
+            batches = [data.collate(dialogues[i:i + size], whole=True) for i in range(0, 20, size)]
             found = torch.cat([losses.batch_rewards(model, batch) for batch in batches])
             torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
-        batch = data.collate(prompts, answers, whole=True)
-        for filler in (0, 2047, 7):   # more columns, of any token
-            wider = torch.full((20, batch.tokens.size(1) + 9), filler)
-            wider[:, :-9] = batch.tokens
-            hidden = model.hidden(wider)[torch.arange(20), torch.tensor(batch.lengths) - 1]
+        pairs = [(p, a, b) for (p, a), b in zip(dialogues, [a for _, a in dialogues[1:] + dialogues[:1]])]   # two to each prompt
+        for rows in (slice(0, 20), slice(3, 5)):
+            found = losses.batch_rewards(model, data.collate(pairs[rows], whole=True)).chunk(2)[0]
+            torch.testing.assert_close(found, alone[rows], atol=1e-5, rtol=0)
+        lengths = [len(p) + len(a) for p, a in dialogues]
+        for filler in (0, 2047, 7):   # a rectangle with more columns, of any token
+            wider = torch.full((20, max(lengths) + 9), filler)
+            for row, dialogue, n in zip(wider, dialogues, lengths):
+                row[:n] = torch.cat([torch.from_numpy(part.astype(int)) for part in dialogue])
+            hidden = model.hidden(wider)[torch.arange(20), torch.tensor(lengths) - 1]
             torch.testing.assert_close(model.rewards(hidden), alone, atol=1e-5, rtol=0)
     assert alone.std() > 0.1
 
@@ -337,6 +348,18 @@ def test_bad_flags_end_in_one_line_and_status_2(sft, tmp_path, monkeypatch, caps
         train_reward.runs.command_line(train_reward.main, train_reward.Config)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_in_memory_says_so_before_there_is_a_run(sft, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train_reward.losses, "reward_loss", full)
+    monkeypatch.setattr(sys, "argv", ["train_reward.py", "--out", str(tmp_path / "run"), "--init", sft, "--steps", "2"])
+    with pytest.raises(SystemExit) as stopped:
+        train_reward.runs.command_line(train_reward.main, train_reward.Config)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: out of GPU memory") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -160,17 +160,30 @@ def test_every_lora_flag_arrives(tmp_path, no_pictures, monkeypatch):
 
 
 def test_lora_flops_by_hand(tmp_path, no_pictures):
-    """Two passes of the frozen matrices and the head, three of adapters and attention."""
+    """Two passes of the frozen matrices and the head, three of adapters and attention. In the second of two blocks, the matrices
+    behind attention, 9 of the 12, meet only the places that predict the r + 1 tokens of a response; of the adapters' 16 C r
+    numbers a block these are 12."""
     full = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "full")))["flops"]
     adapted = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "lora"), lora_rank=4))["flops"]
     pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
     order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, TINY.seed)
     rows = [(len(encoding.encode(pairs[i].prompt)), len(encoding.encode(pairs[i].chosen))) for k in (0, 1) for i in order[k]]
-    blocks = sum(2 * 12 * 2 * 128 ** 2 * (p + r) for p, r in rows)       # the last token, end-of-text, is never put in
+    blocks = sum(2 * 12 * 128 ** 2 * (p + r) + 2 * 128 ** 2 * (3 * (p + r) + 9 * (r + 1)) for p, r in rows)   # end-of-text, the
+    #                                                                                                last token, is never put in
     head = sum(2 * 2048 * 128 * (r + 1) for _, r in rows)
     attention = sum(4 * 2 * 128 * (p + r) * (p + r + 1) // 2 for p, r in rows)
-    adapters = sum(2 * 4 * 16 * 128 * 2 * (p + r) for p, r in rows)
+    adapters = sum(2 * 4 * 128 * (16 * (p + r) + 4 * (p + r) + 12 * (r + 1)) for p, r in rows)
     assert full == 3 * (blocks + head + attention) and adapted == 2 * (blocks + head) + 3 * (attention + adapters)
+
+
+def test_where_all_tokens_are_scored_the_last_block_sees_all_by_hand(tmp_path, no_pictures):
+    """A dialogue of n tokens with its end-of-text predicts n - 1, from as many places."""
+    final = train_sft.main(replace(TINY, steps=1, eval_every=1, out=str(tmp_path / "run"), loss_on="all"))
+    pairs, encoding = data.load_pairs("minihh")[0]["train"], data.tokenizer(2048)
+    order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, TINY.seed)
+    ns = [len(encoding.encode(pairs[i].prompt + pairs[i].chosen)) for k in (0, 1) for i in order[k]]
+    assert final["tokens"] == sum(ns)
+    assert final["flops"] == 3 * sum(2 * (2 * 12 * 128 ** 2 + 2048 * 128) * n + 4 * 2 * 128 * n * (n + 1) // 2 for n in ns)
 
 
 def test_steps_come_from_epochs(tmp_path):
@@ -201,6 +214,16 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at
     assert str(a["optimizer"]) == str(b["optimizer"]) and torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
     assert list(map(without_time, metrics(tmp_path / "whole"))) == list(map(without_time, metrics(tmp_path / "cut")))
     assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
+
+
+def test_checkpointed_activations_change_no_run(tmp_path, no_pictures):
+    """Dropout on: what is computed again is what was computed."""
+    cfg = replace(TINY, steps=3, dropout=0.1, eval_every=3, eval_answers=0)
+    for name, again in (("kept", False), ("again", True)):
+        train_sft.main(replace(cfg, out=str(tmp_path / name), checkpoint_activations=again))
+    kept, again = (metrics(tmp_path / name) for name in ("kept", "again"))
+    for one, two in zip(kept, again, strict=True):
+        assert without_time(one) == pytest.approx(without_time(two), rel=1e-6)
 
 
 def test_evaluating_changes_nothing(tmp_path, no_pictures):
@@ -337,6 +360,23 @@ def test_overwrite_never_deletes_what_it_starts_from(tmp_path, no_pictures):
     for init in (start, start / "best.pt"):
         with pytest.raises(InputError, match="would delete --init"):
             train_sft.main(replace(TINY, init=str(init), out=str(start), overwrite=True))
+
+
+def test_what_does_not_fit_in_memory_says_so_before_there_is_a_run(tmp_path, monkeypatch, capsys):
+    """The longest micro-batch of all steps is tried first, with a backward pass; nothing is written."""
+    seen, real, out = [], data.sft_batch, tmp_path / "run"
+
+    def full(hidden, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(data, "sft_batch", lambda tokens, rows, what: seen.append((tokens, rows)) or real(tokens, rows, what))
+    monkeypatch.setattr(train_sft.losses, "sft_loss", full)
+    assert run_flags(monkeypatch, "--out", str(out), "--steps", "3", "--micro-batch", "4", "--accumulate", "2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of GPU memory: try fewer sequences at a time") and error.count("\n") == 1
+    assert not out.exists()
+    (train, rows), = seen
+    order = data.Order(lengths := train.lengths()[:, :2].sum(1), 4, TINY.seed)
+    assert lengths[rows].sum() == max(lengths[order[i]].sum() for i in range(6)) and len(rows) == 4
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(tmp_path, no_pictures):
