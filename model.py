@@ -410,9 +410,7 @@ def load(name, dropout=0.0, block_size=None, kind=GPT):
     if (state is not None and "reward_head.weight" in state) != (kind is RewardModel):
         raise InputError(f"{name} is a reward model, and a language model is needed here" if kind is GPT else
                          f"{name} is a language model, and a reward model is needed here: train_reward.py makes one of it")
-    if block_size is not None and not 0 < block_size <= config.block_size:
-        raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
-    cut = replace(config, dropout=dropout, block_size=block_size or config.block_size)
+    cut = _cut(config, name, block_size, dropout)
     if kind is RewardModel and "center" not in state:
         raise InputError(f"{name} holds what a run trains, and no centre: give the run's folder, or a step-N.pt")
     if state is None:
@@ -421,6 +419,18 @@ def load(name, dropout=0.0, block_size=None, kind=GPT):
     if wpe is not None and wpe.shape[:1] == (config.block_size,):   # anything else is for build to refuse
         state["wpe.weight"] = wpe[:cut.block_size].clone()
     return build(cut, state, name, kind)
+
+
+def config_of(name, block_size=None):
+    """The GPTConfig that load() would give; of a size by its name without its weights."""
+    config = SIZES[name] if name in SIZES else _read(name)[0]
+    return _cut(config, name, block_size)
+
+
+def _cut(config, name, block_size, dropout=0.0):
+    if block_size is not None and not 0 < block_size <= config.block_size:
+        raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
+    return replace(config, dropout=dropout, block_size=block_size or config.block_size)
 
 
 def _read(name):

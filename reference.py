@@ -42,6 +42,11 @@ def live(model):
     return reference
 
 
+def size(tokens, rows, width):
+    """Bytes that these pairs take on disk, with hidden states of this width (0: without)."""
+    return 8 * len(rows) + 2 * width * int(tokens.lengths()[rows, 1:].sum())
+
+
 class Cache:
     """tokens: data.Tokens, the training pairs. what: all else that the numbers depend on, a dict of plain values. head: the
     reference's, (V, C), if hidden states are wanted."""
@@ -81,7 +86,7 @@ class Cache:
         missing = np.unique(rows)
         missing = missing[np.isnan(self.logps[missing, 0])]
         missing = missing[np.argsort(lengths[missing].sum(1), kind="stable")]
-        return missing, 8 * len(missing) + 2 * self.what["states"] * int(lengths[missing, 1:].sum())
+        return missing, size(self.tokens, missing, self.what["states"])
 
     def fill(self, rows, size, reference, device, say):
         """Compute what is missing of these pairs, `size` at a time, with a live reference. What was there is held against it on a

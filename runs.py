@@ -69,6 +69,7 @@ class Config:
     eval_answers: int = 32                    # answers an evaluation samples; 0: none, which is quicker
     save_every: int | None = None             # steps between checkpoints; at every evaluation unless given
     keep_every: int | None = None             # steps between models that stay, step-100.pt and so on; none unless given
+    dry_run: bool = False                     # print how much memory the run needs, whether it fits, and end
     checkpoint_activations: bool = False      # keep only the blocks' inputs and compute the rest again: less memory, slower
     log_every: int = 10                       # steps between lines of metrics and of progress
     variance_every: int | None = None         # steps between probes of the noise in the updates; none unless given

@@ -25,6 +25,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import plan
 import plots
 import reference
 import runs
@@ -115,6 +116,19 @@ def check_start(found):
                          f"{math.log(2):.6f}; {found['ties']:.1%} of the pairs tie, expected all")
 
 
+def dry_losses(cfg, model, cached):
+    """For --dry-run: what a step keeps in memory of its reference, and its loss."""
+    if cached:
+        head = None if cfg.loss == "dpo" else model.wte.weight.detach() if cfg.lora_rank else model.wte.weight.detach().clone()
+
+        def look(batch):
+            states = None if head is None else torch.zeros(len(batch.targets), head.size(1))
+            return torch.zeros(batch.responses), states, head
+    else:
+        look = reference.live(model if cfg.lora_rank else gpt.GPT(model.config).requires_grad_(False))
+    return lambda batch: pair_losses(cfg, model, look, batch)[0].sum()
+
+
 def main(cfg):
     runs.validate(cfg)
     if cfg.dropout:
@@ -127,6 +141,11 @@ def main(cfg):
         if not low <= getattr(cfg, name) <= high or getattr(cfg, name) == math.inf:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
+    cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
+    if cfg.dry_run:
+        width = gpt.config_of(cfg.init).n_embd if cfg.loss == "cdpo" else 0
+        return plan.show(cfg, data.pair_batch, 3, lambda model: dry_losses(cfg, model, cached),
+                         on_disk=(lambda tokens, rows: reference.size(tokens, rows, width)) if cached else None)
     run = runs.Run(cfg)
 
     # ---- device and seed ---------------------------------------------------------------------------------------------
@@ -146,7 +165,6 @@ def main(cfg):
     longer = data.longer_wins(valid)
 
     # ---- reference ---------------------------------------------------------------------------------------------------
-    cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
     second = None if cached or cfg.lora_rank else copy.deepcopy(model).requires_grad_(False)
 
     def live():

@@ -29,6 +29,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import plan
 import plots
 import runs
 import variance
@@ -109,10 +110,19 @@ def sft_logps(cfg, model, autocast, valid):
     return torch.cat(won).mean().item()
 
 
+def pair_losses(model, batch):
+    """Losses and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
+    chosen, rejected = losses.batch_rewards(model, batch).chunk(2)
+    return losses.reward_loss(chosen, rejected), losses.wins(chosen, rejected)
+
+
 def main(cfg):
     runs.validate(cfg)
     if cfg.eval_answers:
         raise InputError(f"--eval-answers {cfg.eval_answers}: a reward model gives no answers, expected 0")
+    if cfg.dry_run:
+        return plan.show(cfg, data.reward_batch, 3, lambda model: lambda batch: pair_losses(model, batch)[0].sum(),
+                         lambda config: gpt.RewardModel(config, cfg.head == "likelihood"))
     run = runs.Run(cfg)
 
     # ---- device and seed ---------------------------------------------------------------------------------------------
@@ -146,8 +156,8 @@ def main(cfg):
         pairs = sum(batch.responses for batch in batches) // 2
         for batch in batches:
             with autocast():
-                chosen, rejected = losses.batch_rewards(model, batch).chunk(2)
-            yield losses.reward_loss(chosen, rejected).sum() / pairs, losses.wins(chosen, rejected).sum() / pairs
+                loss, won = pair_losses(model, batch)
+            yield loss.sum() / pairs, won.sum() / pairs
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
         return (loss for loss, _ in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))

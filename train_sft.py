@@ -19,6 +19,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import plan
 import plots
 import runs
 import variance
@@ -59,8 +60,15 @@ def evaluate(cfg, model, autocast, train, valid):
     return found, data.show(model, valid, answers)
 
 
+def batch_loss(model, batch, normaliser):
+    return losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, normaliser)
+
+
 def main(cfg):
     runs.validate(cfg)
+    if cfg.dry_run:
+        return plan.show(cfg, lambda tokens, rows: data.sft_batch(tokens, rows, cfg.loss_on), 2,
+                         lambda model: lambda batch: batch_loss(model, batch, 1))
     run = runs.Run(cfg)
 
     # ---- device and seed ---------------------------------------------------------------------------------------------
@@ -93,7 +101,7 @@ def main(cfg):
         normaliser = sum(len(batch.targets) for batch in batches)
         for batch in batches:
             with autocast():
-                loss = losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, normaliser)
+                loss = batch_loss(model, batch, normaliser)
             yield loss
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe

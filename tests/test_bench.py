@@ -9,11 +9,14 @@ import multiprocessing
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import data
+import model as gpt
 from files import InputError
-from studies import bench
+from studies import bench, rivals
 from studies.lab import HERE
 
 
@@ -176,3 +179,108 @@ def test_a_process_that_runs_out_of_memory_is_one_line(capfd):
     with pytest.raises(InputError, match="ended early. Unless it says above why, it needed more memory than there is: try fewer"):
         bench.take_turns([(bench.sft_step, ("mini", 0, "all", 8, "cpu")), (dies, ())], 1)
     assert not multiprocessing.active_children() and capfd.readouterr().err == ""
+
+# ---- against others
+
+@pytest.fixture(scope="module")
+def work():
+    return rivals.work("minihh", "mini", "cpu", size=3, steps=2, longest=40)
+
+
+def test_the_work_is_pairs_at_even_quantiles_of_the_length(work):
+    """Six of those with at most 40 tokens a dialogue, each from its sixth of them, and three from the middle to warm up."""
+    tokens, _ = data.encode(data.load_pairs("minihh", ("train",))[0]["train"], 2048, 512)
+    lengths = tokens.lengths()
+    fits = np.sort(lengths[lengths[:, 0] + lengths[:, 1:].max(1) <= 40].sum(1))
+    sizes = [sum(map(len, pair)) for pair in work.pairs]
+    assert work.batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert sizes[3:] == [fits[int((i + 0.5) / 6 * len(fits))] for i in range(6)]
+    assert sizes[:3] == [fits[len(fits) // 2 + i] for i in range(3)]
+    mixed = work.shuffled().batches
+    assert mixed[0] == [0, 1, 2] and sorted(sum(mixed[1:], [])) == list(range(3, 9)) and mixed[1:] != work.batches[1:]
+    with pytest.raises(InputError, match="--data minihh: 0 pairs of at most 5 tokens, expected 20 or more"):
+        rivals.work("minihh", "mini", "cpu", longest=5)
+
+
+@pytest.mark.parametrize("kind, rank", [("sft", 0), ("dpo", 0), ("cdpo", 0), ("dpo", 2)])
+def test_our_side_does_a_step_for_every_micro_batch(work, monkeypatch, kind, rank):
+    """As many seconds as micro-batches but the first; the FLOPs are those of the timed ones; every one moved the weights."""
+    stepped, real = [], rivals.optim.clip
+    monkeypatch.setattr(rivals.optim, "clip", lambda model, norm: stepped.append(norm) or real(model, norm))
+    monkeypatch.setenv("HF_HOME", "somewhere")   # put back behind the test: the side takes a folder of its own
+    run, facts = rivals.ours(work, kind, rank)
+    assert len(run()) == 2 and stepped == [1.0, 1.0, 1.0]
+    parts, loss_on = (2, "all") if kind == "sft" else (3, "response")
+    batches = [data.collate([work.pairs[i][:parts] for i in rows], loss_on) for rows in work.batches[1:]]
+    assert facts["flops"] == sum(gpt.flops(gpt.SIZES["mini"], *b.size, backward=True, rank=rank) for b in batches)
+
+
+def test_both_ways_of_sft_start_with_the_same_loss(work, monkeypatch):
+    """Ours and the padded rectangle, on the same weights: what is timed is the same work."""
+    found, torch_grad = {}, torch.Tensor.backward
+    def backward(loss):
+        found[side].append(loss.item())
+        torch_grad(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for side, make in (("ours", lambda: rivals.ours(work, "sft")), ("rectangle", lambda: rivals.rectangle_sft(work))):
+        found[side] = []
+        make()[0]()   # runs.setup seeds: the same weights
+    assert len(found["ours"]) == 3 and found["ours"] == pytest.approx(found["rectangle"], rel=1e-5)
+
+
+def test_both_ways_of_cdpos_head_give_the_same_loss(work, monkeypatch):
+    found, torch_grad = [], torch.Tensor.backward
+    def backward(loss):
+        found.append(loss.item())
+        torch_grad(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for full in (False, True):
+        run, facts = rivals.cdpo_head(work, full, rows=24, repeats=1)
+        assert len(run()) == 1 and facts["resident"] > 5e7
+    assert len(found) == 4 and found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_repetitions_run_in_processes_of_their_own(work, monkeypatch):
+    """What they find comes back; the environment that malloc reads is the process's alone."""
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    found = bench.repetition(bench.Side(rivals.ours, {"kind": "sft"}, environ=bench.MALLOC), work)
+    assert len(found["seconds"]) == 2 and found["rate"] > 1e8 and found["peak_bytes"] > found["resident"] > 5e7
+    assert "MALLOC_MMAP_MAX_" not in bench.os.environ
+    with pytest.raises(InputError, match=r"a process of the benchmark \(killed\) ended early"):
+        bench.repetition(bench.Side(killed), work)
+
+
+def killed(work):
+    bench.os._exit(9)
+
+
+@pytest.mark.parametrize("name, side", [("transformers", lambda work: rivals.transformers_sft(work)),
+                                        ("trl", lambda work: rivals.trl_sft(work, True)),
+                                        ("peft", lambda work: rivals.trl_dpo(work, True, 8))])
+def test_what_is_not_installed_is_one_line(work, monkeypatch, name, side):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="not installed: pip install -r requirements-dev.txt trl -c constraints.txt"):
+        side(work)
+
+
+def test_transformers_side_runs(work):
+    run, _ = rivals.transformers_sft(work)
+    assert len(run()) == 2
+
+
+def test_table_of_sides_by_hand(monkeypatch):
+    """10 pairs in 2 and 4 seconds, then 5 and 4: ratios 2 and 0.8. 8e9 FLOPs in 2 s on a machine with 8e9 a second: MFU 0.5."""
+    ours = [{"seconds": [1, 1], "peak_bytes": 2e9, "flops": 8e9, "rate": 8e9}, {"seconds": [5], "peak_bytes": 2e9, "flops": 8e9,
+                                                                               "rate": 1.6e9}]
+    theirs = [{"seconds": [4], "peak_bytes": 3e9}, {"seconds": [4], "peak_bytes": 5e9}]
+    rows = bench.against_table("dpo", {"ours": ours, "theirs": theirs}, (10, "pairs")).splitlines()[2:]
+    assert rows == ["| ours | 3.50 [2.00, 5.00] pairs/s | 1.00 [1.00, 1.00] | 2.00 | 1.00 | 0.75 [0.50, 1.00] |",
+                    "| theirs | 2.50 [2.50, 2.50] pairs/s | 1.40 [0.80, 2.00] | 4.00 | 2.00 |  |"]
+
+
+def test_counted_is_the_plan_of_the_work(work):
+    """Full, sft: parameters, gradients, state and activations bound the peak from both sides."""
+    peak, tokens = bench.counted(work, "sft", 0)
+    assert tokens == sum(len(p) + len(c) - 1 for p, c, _ in work.pairs[:3])
+    assert 4 * 4 * 724_480 < peak - bench.plan.LOADED["cpu"] < 6 * 4 * 724_480 + 20e6
+    assert bench.counted(work, "dpo", 8)[0] < bench.counted(work, "dpo", 0)[0] < bench.counted(work, "cdpo", 0)[0]
