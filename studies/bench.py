@@ -4,19 +4,27 @@ How fast is it? Ratios within one run, since a machine's speed drifts.
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
     python -m studies.bench lora        # SFT by LoRA rank, one dialogue a step: time and peak memory, against full fine-tuning
     python -m studies.bench lora-dpo --model gpt2-medium   # DPO with the adapters off as reference, against a second model
+    python -m studies.bench dpo         # DPO's steps against trl's trainer; dpo-lora: with LoRA, against trl + peft
+    python -m studies.bench sft         # SFT's against trl, transformers, and a padded rectangle with whole logits
+    python -m studies.bench cdpo        # CDPO's against DPO's, and its head against whole logits
+    python -m studies.bench plan        # what --dry-run counts against what processes take, gpt2 and gpt2-medium
     python -m studies.bench generate    # tokens a second of 8 prompts: against transformers' generate, and the memory's limit
 """
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +35,13 @@ import lora
 import losses
 import model as gpt
 import optim
+import plan
 import reference
 import runs
 import train_dpo
+import train_sft
 from files import InputError
+from studies import rivals
 from studies.lab import HERE
 
 
@@ -255,13 +266,153 @@ def adapters_against_full(what, name, device, out, tokens, rounds):
 CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]),
          "lora-dpo": (dpo_step, [(8, "none")])}
 
+# ----------------------------------------------------------------------------------------------------------------------
+# against others: every repetition of a side in a process of its own
+
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}   # glibc keeps what it once had: no page faults
+
+
+class Side(NamedTuple):
+    make: Callable
+    options: dict = {}
+    alike: bool = False    # whether micro-batches hold pairs of similar length
+    environ: dict = {}
+
+
+SIDES = {
+    "dpo": {"ours": Side(rivals.ours, {"kind": "dpo"}),
+            "ours, malloc variables": Side(rivals.ours, {"kind": "dpo"}, environ=MALLOC),
+            "trl as it comes": Side(rivals.trl_dpo, {"best": False}),
+            "trl at its best": Side(rivals.trl_dpo, {"best": True}, True),
+            "trl at its best, malloc variables": Side(rivals.trl_dpo, {"best": True}, True, MALLOC)},
+    "dpo-lora": {"ours, rank 8": Side(rivals.ours, {"kind": "dpo", "rank": 8}),
+                 "trl + peft at its best, rank 8": Side(rivals.trl_dpo, {"best": True, "rank": 8}, True)},
+    "sft": {"ours": Side(rivals.ours, {"kind": "sft"}), "trl as it comes": Side(rivals.trl_sft, {"best": False}),
+            "trl at its best": Side(rivals.trl_sft, {"best": True}, True), "transformers": Side(rivals.transformers_sft),
+            "rectangle": Side(rivals.rectangle_sft), "rectangle, similar lengths": Side(rivals.rectangle_sft, alike=True)},
+    "cdpo": {"ours, CDPO": Side(rivals.ours, {"kind": "cdpo"}), "ours, DPO": Side(rivals.ours, {"kind": "dpo"}),
+             "CDPO's head, ours": Side(rivals.cdpo_head, {"full": False}),
+             "CDPO's head, whole logits": Side(rivals.cdpo_head, {"full": True})},
+}
+
+
+def alone(connection, side, work):
+    """One repetition: seconds of the steps, bytes, and FLOPs a second of the machine before and after."""
+    with contextlib.suppress(torch.OutOfMemoryError, KeyboardInterrupt):
+        run, facts = side.make(work, **side.options)
+        before = rivals.rate() if work.device == "cpu" else None
+        seconds = run()
+        connection.send({**facts, "seconds": seconds, "peak_bytes": runs.peak_memory(),
+                         "rate": before and (before + rivals.rate()) / 2})
+
+
+def repetition(side, work):
+    """What alone() finds in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    environ = {"OMP_PROC_BIND": "true", "TRL_EXPERIMENTAL_SILENCE": "1", **side.environ}
+    before = {key: os.environ.get(key) for key in environ}
+    os.environ.update(environ)   # what malloc and OpenMP read when a process starts
+    try:
+        process = spawn.Process(target=alone, args=(there, side, work), daemon=True)
+        process.start()
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise InputError(f"a process of the benchmark ({side.make.__name__}) ended early. Unless it says above why, it needed "
+                         "more memory than there is") from None
+    finally:
+        process.terminate()
+        process.join()
+
+
+def against(what, work, rounds):
+    """{side: [what one repetition found, for each round]}, sides in turns."""
+    found = {name: [] for name in SIDES[what]}
+    for turn in range(rounds):
+        for name, side in SIDES[what].items():
+            found[name].append(repetition(side, work if side.alike else work.shuffled()))
+            print(f"round {turn + 1} of {rounds}, {name}: {sum(found[name][-1]['seconds']):.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def against_table(what, found, units):
+    """units: what a repetition's steps process, (how many, of what)."""
+    (first, mine), lines = next(iter(found.items())), []
+    for name, each in found.items():
+        amount, unit = (1, "heads") if "head" in name else units
+        took = [sum(one["seconds"]) / (len(one["seconds"]) if "head" in name else 1) for one in each]
+        against = found["CDPO's head, ours"] if "head" in name else mine
+        ratios = [sum(other["seconds"]) / sum(own["seconds"]) for own, other in zip(against, each)]
+        mfu = [one["flops"] / sum(one["seconds"]) / one["rate"] for one in each if one.get("flops") and one.get("rate")]
+        peak, own_peak = (statistics.median(one["peak_bytes"] - (one["resident"] if "head" in name else 0) for one in side)
+                          for side in (each, against))
+        lines.append(f"| {name} | {spread([amount / t for t in took], 2)} {unit}/s | {spread(ratios, 2)} | {peak / 1e9:.2f} | "
+                     f"{peak / own_peak:.2f} | {spread(mfu, 2) if mfu else ''} |")
+    return "\n".join([f"| {what} | median [range] | times as long as {first} | peak, GB | times as large | MFU |",
+                      "| --- |" + " --- |" * 5, *lines])
+
+
+def counted(work, kind, rank):
+    """plan.count()'s peak of a step on the first micro-batch, and its tokens."""
+    cfg, tokens = train_dpo.Config(lora_rank=rank, loss="cdpo" if kind == "cdpo" else "dpo"), rivals.tokens_of(work)
+
+    def make(model):
+        return (lambda batch: train_sft.batch_loss(model, batch, 1)) if kind == "sft" else train_dpo.dry_losses(cfg, model, True)
+    batch = data.sft_batch(tokens, work.batches[0], "all") if kind == "sft" else data.pair_batch(tokens, work.batches[0])
+    return plan.count(cfg, gpt.SIZES[work.model], batch, make)["peak"], len(batch.tokens)
+
+
+def planned(names, dataset, rounds, out):
+    """What --dry-run counts against what processes take: peak less what was resident before the model, median of `rounds`."""
+    rows = []
+    print("| | tokens | counted, GB | measured, GB | counted / measured |\n| --- | --- | --- | --- | --- |")
+    for name, kind, rank in itertools.product(names, ("sft", "dpo", "cdpo"), (0, 8)):
+        work = rivals.work(dataset, name, "cpu", size=2).shuffled()
+        longest = max(work.batches, key=lambda rows: sum(len(part) for i in rows for part in work.pairs[i]))
+        work = work._replace(batches=[longest] * 3)
+        found = [repetition(Side(rivals.ours, {"kind": kind, "rank": rank}), work) for _ in range(rounds)]
+        measured = statistics.median(one["peak_bytes"] - one["resident"] for one in found)
+        peak, tokens = counted(work, kind, rank)
+        rows.append({"model": name, "kind": kind, "rank": rank, "tokens": tokens, "counted": peak, "measured": measured})
+        print(f"| {name}, {kind}, {f'rank {rank}' if rank else 'full'} | {tokens:,} | {peak / 1e9:.2f} | {measured / 1e9:.2f} | "
+              f"{peak / measured:.2f} |", flush=True)
+    if out:
+        Path(out).write_text(json.dumps({"what": "plan", "rounds": rounds, "rows": rows}, indent=1) + "\n")
+
+
+def spread(values, digits):
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def compare(what, name, dataset, device, rounds, out):
+    work = rivals.work(dataset, name, device)
+    pairs = [work.pairs[i] for rows in work.batches[1:] for i in rows]
+    rows = sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
+    units = (sum(len(p) + len(c) - 1 for p, c, _ in pairs), "tokens") if what == "sft" else (len(pairs), "pairs")
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    once = sum(len(part) for pair in pairs for part in pair)
+    print(f"{where}, {torch.get_num_threads()} threads, {name}, fp32: {len(pairs)} pairs, {len(work.batches[0])} a micro-batch,\n"
+          f"{rows / len(pairs):.0f} tokens a pair with the prompt twice, {rows / once:.2f} times as many as with it once; "
+          f"{rounds} rounds\n", flush=True)
+    found = against(what, work, rounds)
+    print(against_table(what, found, units))
+    if out:
+        Path(out).write_text(json.dumps({"what": what, "model": name, "machine": where, "units": units, "found": found},
+                                        indent=1) + "\n")
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["optim", "generate", *CASES])
+    parser.add_argument("what", choices=["optim", "generate", "plan", *CASES, *SIDES])
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
-    options = parser.add_argument_group("of lora, lora-dpo and generate")
+    options = parser.add_argument_group("of all but optim")
     options.add_argument("--device", default="auto")
+    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft and cdpo, as the scripts' --data")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for the rows; studies.ranks draws those of lora, results/ranks/cost-*.json")
@@ -281,6 +432,13 @@ def main(argv=None):
         print(generation_table(found))
         if cfg.out:
             Path(cfg.out).write_text(json.dumps(found, indent=1) + "\n")
+        return
+    if cfg.what == "plan":
+        planned(["gpt2", "gpt2-medium"] if cfg.model == "gpt2" else [cfg.model], cfg.data, cfg.rounds, cfg.out)
+        return
+    if cfg.what in SIDES:
+        device = runs.setup(runs.Config(device=cfg.device))[0].type
+        compare(cfg.what, cfg.model, cfg.data, device, cfg.rounds, cfg.out)
         return
     adapters_against_full(cfg.what, cfg.model, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
 
