@@ -142,9 +142,11 @@ def room(hidden, weight, dtype):
 
 
 def product(x, weight):
-    """x @ weight.T. oneDNN is up to twice as fast as F.linear's MKL where few rows meet a vocabulary."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    """x @ weight.T, without a gradient. oneDNN is up to twice as fast as F.linear's MKL where few rows meet a vocabulary."""
+    ops = torch.ops.mkldnn
+    if (x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+            and hasattr(ops, "_linear_pointwise")):
+        return ops._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
 

@@ -123,7 +123,7 @@ def _listed(kind):
     return parse
 
 
-MAY_CHANGE = ("resume", "overwrite", "stop_at", "out")   # flags in which a resumed run may differ
+MAY_CHANGE = ("resume", "overwrite", "stop_at", "out", "dry_run")   # flags in which a resumed run may differ
 
 
 def check_same(out, stored, given):

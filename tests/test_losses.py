@@ -1014,3 +1014,18 @@ def test_divergences_are_positive_and_zero_for_equal_models():
     assert ((entropy > 0) & (entropy <= math.log(13)) & (kl > 0) & (back > 0) & (r > 0) & (r < 1)).all()
     _, kl, back, r = losses.divergences(hidden, weight, hidden, weight, targets, 0.1)
     assert kl.tolist() == back.tolist() == [0] * 11 and r.tolist() == [0.5] * 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("there", [True, False])
+def test_the_head_product_is_x_times_the_transposed_matrix(monkeypatch, dtype, there):
+    """With oneDNN or without it, for a matrix as it lies and for a transposed one, as the way back takes it."""
+    if not there:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    x, w = torch.randn(5, 7, dtype=dtype), torch.randn(11, 7, dtype=dtype)
+    exact = x.double() @ w.double().T
+    close = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}[dtype]
+    for weight in (w, w.T.contiguous().T):
+        found = losses.product(x, weight)
+        assert found.dtype == dtype and found.is_contiguous()
+        torch.testing.assert_close(found.double(), exact, atol=close, rtol=close)

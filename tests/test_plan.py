@@ -190,3 +190,14 @@ def test_memory_is_what_the_system_says(monkeypatch, tmp_path):
     assert 1e8 < plan.memory(device) < 1e14
     monkeypatch.setattr(plan, "Path", lambda name: tmp_path / "none")   # as on macOS
     assert plan.memory(device) == plan.os.sysconf("SC_PAGE_SIZE") * plan.os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_run_that_is_there_can_be_planned_again(tmp_path, capsys):
+    """With its own flags, and without a change to it."""
+    flags = ["--out", str(tmp_path / "run"), "--steps", "2", "--stop-at", "1", "--micro-batch", "3", "--eval-samples", "4",
+             "--eval-answers", "0"]
+    train_sft.main(plan.runs.parse(train_sft.Config, flags))
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    found = train_sft.main(plan.runs.parse(train_sft.Config, ["--out", str(tmp_path / "run"), "--resume", "--dry-run"]))
+    assert found["fits"] and "the longest of 2 micro-batches" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
