@@ -421,13 +421,13 @@ def load(name, dropout=0.0, block_size=None, kind=GPT):
     return build(cut, state, name, kind)
 
 
-def config_of(name, block_size=None):
+def config_of(name, block_size=None, dropout=0.0):
     """The GPTConfig that load() would give; of a size by its name without its weights."""
     config = SIZES[name] if name in SIZES else _read(name)[0]
-    return _cut(config, name, block_size)
+    return _cut(config, name, block_size, dropout)
 
 
-def _cut(config, name, block_size, dropout=0.0):
+def _cut(config, name, block_size, dropout):
     if block_size is not None and not 0 < block_size <= config.block_size:
         raise InputError(f"block_size {block_size}: {name} has positions for 1 to {config.block_size} tokens")
     return replace(config, dropout=dropout, block_size=block_size or config.block_size)

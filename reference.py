@@ -42,7 +42,7 @@ def live(model):
     return reference
 
 
-def size(tokens, rows, width):
+def disk_bytes(tokens, rows, width):
     """Bytes that these pairs take on disk, with hidden states of this width (0: without)."""
     return 8 * len(rows) + 2 * width * int(tokens.lengths()[rows, 1:].sum())
 
@@ -58,7 +58,7 @@ class Cache:
         self.advice = f"delete {self.folder}, or use --reference live"
         self.ends = np.cumsum(tokens.lengths()[:, 1:]).reshape(-1, 2)   # where each response's states end; all stand in a line
         self.logps, self.states = np.full((len(tokens), 2), np.nan, np.float32), None
-        self.sums = np.zeros(len(tokens), np.uint32)   # CRC-32 of each pair's states: read for months, rarely checked otherwise
+        self.sums = np.zeros(len(tokens), np.uint32)   # CRC-32 of each pair's states, checked whenever they are read
         if (self.folder / "logps.npz").is_file():
             self._read(self.folder / "logps.npz")
         if width:
@@ -86,7 +86,7 @@ class Cache:
         missing = np.unique(rows)
         missing = missing[np.isnan(self.logps[missing, 0])]
         missing = missing[np.argsort(lengths[missing].sum(1), kind="stable")]
-        return missing, size(self.tokens, missing, self.what["states"])
+        return missing, disk_bytes(self.tokens, missing, self.what["states"])
 
     def fill(self, rows, size, reference, device, say):
         """Compute what is missing of these pairs, `size` at a time, with a live reference. What was there is held against it on a

@@ -143,9 +143,10 @@ def main(cfg):
             raise InputError(f"--{flag}: expected a number from {low:g} to {high:g}, found {getattr(cfg, name)}")
     cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
     if cfg.dry_run:
-        width = gpt.config_of(cfg.init).n_embd if cfg.loss == "cdpo" else 0
+        def on_disk(tokens, rows, n_embd):
+            return reference.disk_bytes(tokens, rows, n_embd if cfg.loss == "cdpo" else 0)
         return plan.show(cfg, data.pair_batch, 3, lambda model: dry_losses(cfg, model, cached),
-                         on_disk=(lambda tokens, rows: reference.size(tokens, rows, width)) if cached else None)
+                         on_disk=on_disk if cached else None)
     run = runs.Run(cfg)
 
     # ---- device and seed ---------------------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def main(cfg):
 
     # ---- model and reference -----------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, block_size=cfg.block_size).to(device).eval()
-    init_sha256, model.checkpoint_activations = fingerprint(model.state_dict()), cfg.checkpoint_activations
+    init_sha256 = fingerprint(model.state_dict())
+    model.checkpoint_activations = cfg.checkpoint_activations
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, 0.0, cfg.lora_bias, init_sha256)
 

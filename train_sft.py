@@ -76,7 +76,8 @@ def main(cfg):
 
     # ---- model -------------------------------------------------------------------------------------------------------
     model = gpt.load(cfg.init, dropout=cfg.dropout, block_size=cfg.block_size).to(device)
-    init_sha256, model.checkpoint_activations = fingerprint(model.state_dict()), cfg.checkpoint_activations
+    init_sha256 = fingerprint(model.state_dict())
+    model.checkpoint_activations = cfg.checkpoint_activations
     if cfg.lora_rank:
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias, init_sha256)
 

@@ -310,7 +310,8 @@ def repetition(side, work):
     """What alone() finds in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    environ = {"OMP_PROC_BIND": "true", "TRL_EXPERIMENTAL_SILENCE": "1", **side.environ}
+    folder = tempfile.TemporaryDirectory()   # for all that the side writes: it ends without a chance to clear up
+    environ = {"OMP_PROC_BIND": "true", "TMPDIR": folder.name, **side.environ}
     before = {key: os.environ.get(key) for key in environ}
     os.environ.update(environ)   # what malloc and OpenMP read when a process starts
     try:
@@ -328,6 +329,7 @@ def repetition(side, work):
     finally:
         process.terminate()
         process.join()
+        folder.cleanup()
 
 
 def against(what, work, rounds):
@@ -412,7 +414,7 @@ def main(argv=None):
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
     options = parser.add_argument_group("of all but optim")
     options.add_argument("--device", default="auto")
-    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft and cdpo, as the scripts' --data")
+    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft, cdpo, plan: as for a script")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for the rows; studies.ranks draws those of lora, results/ranks/cost-*.json")

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,17 +241,20 @@ def test_both_ways_of_cdpos_head_give_the_same_loss(work, monkeypatch):
     assert len(found) == 4 and found == pytest.approx([found[0]] * 4, rel=1e-5)
 
 
-def test_repetitions_run_in_processes_of_their_own(work, monkeypatch):
+def test_repetitions_run_in_processes_of_their_own(work, monkeypatch, tmp_path):
     """What they find comes back; the environment that malloc reads is the process's alone."""
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
     found = bench.repetition(bench.Side(rivals.ours, {"kind": "sft"}, environ=bench.MALLOC), work)
     assert len(found["seconds"]) == 2 and found["rate"] > 1e8 and found["peak_bytes"] > found["resident"] > 5e7
     assert "MALLOC_MMAP_MAX_" not in bench.os.environ
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))   # where the sides' folders lie
     with pytest.raises(InputError, match=r"a process of the benchmark \(killed\) ended early"):
         bench.repetition(bench.Side(killed), work)
+    assert list(tmp_path.iterdir()) == []   # it left 2 MB, and could not clear up
 
 
 def killed(work):
+    (Path(bench.tempfile.mkdtemp()) / "model").write_bytes(bytes(2_000_000))
     bench.os._exit(9)
 
 

@@ -167,6 +167,12 @@ def test_a_dry_run_prints_a_plan_and_writes_nothing(tmp_path, capsys, no_weights
         assert found["disk"] == 8 * 12 + 2 * 128 * train.lengths()[rows, 1:].sum()
 
 
+def test_dropout_keeps_its_masks():
+    """A byte or more for each number that goes through it; found through the script, as a user gives it."""
+    plain, dropped = (train_sft.main(train_sft.Config(steps=1, dry_run=True, dropout=p)) for p in (0.0, 0.1))
+    assert dropped["activations"] > 1.05 * plain["activations"] and dropped["parameters"] == plain["parameters"]
+
+
 def test_it_says_when_it_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(plan, "memory", lambda device: 10e6)
     found = train_sft.main(train_sft.Config(steps=1, dry_run=True))
