@@ -94,8 +94,8 @@ class Cache:
         missing, need = self.need(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        say(f"reference: {need / 1e6:,.1f} MB for {len(missing):,} of {len(np.unique(rows)):,} pairs that are not yet in "
-            f"{self.folder}")
+        say(f"reference: {len(np.unique(rows)):,} pairs in {self.folder}, " + (
+            f"{len(missing):,} of them to compute, {need / 1e6:,.2f} MB" if len(missing) else "all of them there"))
         if need > free / 2:
             raise InputError(f"{self.folder}: the reference's cache would take {need / 1e9:.1f} GB, above half of the "
                              f"{free / 1e9:.1f} GB that are free: use --reference live")

@@ -207,3 +207,13 @@ def test_a_run_that_is_there_can_be_planned_again(tmp_path, capsys):
     found = train_sft.main(plan.runs.parse(train_sft.Config, ["--out", str(tmp_path / "run"), "--resume", "--dry-run"]))
     assert found["fits"] and "the longest of 2 micro-batches" in capsys.readouterr().out
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
+
+
+def test_gelus_output_is_not_kept(monkeypatch):
+    """4C of about 17C numbers a token and layer: what is computed again instead is missing from the activations."""
+    batch, lean = data.sft_batch(pairs(20), range(20)), counted(data.sft_batch(pairs(20), range(20)))
+    forward = gpt.MLP.forward
+    monkeypatch.setattr(gpt.MLP, "forward", lambda self, x, lean: forward(self, x, False))
+    kept = counted(batch)["activations"] - lean["activations"]
+    rows = [len(batch.tokens), len(batch.targets)]   # of the first block's MLP, and of the last one's
+    assert kept == sum(4 * MINI.n_embd * 4 * n for n in rows)

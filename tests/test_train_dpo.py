@@ -229,7 +229,8 @@ def test_resumed_run_equals_the_uninterrupted_one(sft, tmp_path, no_pictures, ca
     capsys.readouterr()
     train_dpo.main(replace(cfg, out=str(tmp_path / "cut"), resume=True))
     cached = cfg.reference == "cache" or cfg.reference == "auto" and not cfg.lora_rank
-    assert ("reference: 0.0 MB for 0 of 60 pairs that are not yet in" in capsys.readouterr().out) == cached   # 10 steps of 6
+    printed = capsys.readouterr().out
+    assert ("reference: 60 pairs in " in printed and ", all of them there" in printed) == cached   # 10 steps of 6
     for name in ("last.pt", "best.pt"):
         a, b = (read_checkpoint(tmp_path / run / name)["model"] for run in ("whole", "cut"))
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -307,10 +308,12 @@ def test_the_variance_probe_draws_from_all_pairs_and_all_are_there(sft, tmp_path
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = replace(TINY, init=sft, data=str(tmp_path / "some.jsonl"), steps=1, eval_every=1, eval_answers=0)
     train_dpo.main(replace(cfg, out=str(tmp_path / "run")))
-    assert "for 6 of 6 pairs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reference: 6 pairs in " in printed and ", 6 of them to compute" in printed
     n = len(data.load_pairs(cfg.data)[0]["train"])
     train_dpo.main(replace(cfg, out=str(tmp_path / "probed"), variance_every=1))
-    assert f"for {n - 6} of {n} pairs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"reference: {n} pairs in " in printed and f", {n - 6} of them to compute" in printed
     probe = next(e for e in metrics(tmp_path / "probed") if "probe_loss" in e)
     assert probe["probe_loss"] == pytest.approx(math.log(2), abs=1e-5)   # all of them: NaN for what is not there
 
