@@ -349,9 +349,9 @@ class Batch:
         """What model.flops counts by: tokens, places that they attend to, scored places."""
         return len(self.tokens), self.attended, len(self.targets)
 
-    def hidden(self, model):
-        """(S, C) a model's final hidden states at the scored places."""
-        return model.hidden(self.tokens, self.packing, self.score_at)
+    def hidden_and_head(self, model):
+        """A model's final hidden states at the scored places, (S, C), and its vocabulary matrix, (V, C)."""
+        return model.hidden_and_head(self.tokens, self.packing, self.score_at)
 
     def to(self, device):
         def moved(named):

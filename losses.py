@@ -176,7 +176,7 @@ def response_logps(hidden, weight, batch):
 
 def batch_logps(model, batch):
     """The same from the model."""
-    return response_logps(batch.hidden(model), model.wte.weight, batch)
+    return response_logps(*batch.hidden_and_head(model), batch)
 
 
 def sft_loss(hidden, weight, targets, normaliser):
@@ -244,9 +244,9 @@ def batch_rewards(model, batch):
     """The rewards of the dialogues of a data.reward_batch, (R,)."""
     if not model.likelihood:
         return model.rewards(model.hidden(batch.tokens, batch.packing, batch.ends))
-    hidden = model.hidden(batch.tokens, batch.packing, torch.cat((batch.score_at, batch.ends)))
+    hidden, head = model.hidden_and_head(batch.tokens, batch.packing, torch.cat((batch.score_at, batch.ends)))
     scored, last = hidden.split((len(batch.targets), batch.responses))
-    return model.rewards(last, response_logps(scored, model.wte.weight, batch))
+    return model.rewards(last, response_logps(scored, head, batch))
 
 
 def wins(a, b, slack=0.0):

@@ -143,6 +143,21 @@ def embedding(n, width):
     return nn.Embedding.from_pretrained(torch.empty(n, width), freeze=False)
 
 
+class Tied(torch.autograd.Function):
+    """Both uses of the vocabulary matrix: ids (...), weight (V, C) -> the ids' rows (..., C), and the weight again, as the head.
+    The rows' gradient is added to the head's in place; autograd itself would make a second (V, C) of it, at the memory's peak."""
+
+    @staticmethod
+    def forward(ctx, idx, weight):
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, rows, head):
+        idx, = ctx.saved_tensors
+        return None, head.contiguous().index_add_(0, idx.flatten(), rows.flatten(0, -2))
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm blocks, tanh-GELU, head tied to the embedding."""
 
@@ -173,6 +188,10 @@ class GPT(nn.Module):
         idx (B, T) token ids -> (B, T, C). Or packed ones (N,) with their Packing -> (N, C), or with places `at` (S,) -> (S, C):
         the last block leaves out what is not read.
         """
+        return self.hidden_and_head(idx, packing, at, cache)[0]
+
+    def hidden_and_head(self, idx, packing=None, at=None, cache=None):
+        """The same, and the vocabulary matrix (V, C) to multiply them by: wte.weight, so that its gradient is small (Tied)."""
         T = idx.size(-1) if packing is None else max(T for _, T in packing.shapes)
         if cache is None and T > self.config.block_size:
             raise InputError(f"a sequence of {T} tokens does not fit block_size {self.config.block_size}")
@@ -180,18 +199,19 @@ class GPT(nn.Module):
             pos = packing.positions
         else:
             pos = torch.arange(T, device=idx.device).expand(idx.shape) if cache is None else cache.positions(T)
-        x = self.drop(self.wte(idx) + self.wpe(pos))
+        x, head = Tied.apply(idx, self.wte.weight)
+        x = self.drop(x + self.wpe(pos))
         for layer, block in enumerate(self.h):
             read = at if layer == len(self.h) - 1 else None
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, packing, read, use_reentrant=False)
             else:
                 x = block(x, packing, read, cache, layer, lean=torch.is_grad_enabled())
-        return self.ln_f(x)
+        return self.ln_f(x), head
 
     def forward(self, idx):
         """idx (B, T) -> logits (B, T, V)."""
-        return F.linear(self.hidden(idx), self.wte.weight)
+        return F.linear(*self.hidden_and_head(idx))
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
         """Continue each prompt. Greedy at temperature 0.

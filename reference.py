@@ -37,7 +37,7 @@ SLACK = {"torch.float32": 1e-4, "torch.bfloat16": 1e-2}   # of a log-probability
 def live(model):
     def reference(batch):
         with lora.adapters_off(model) if hasattr(model, "lora") else contextlib.nullcontext(), torch.no_grad():
-            hidden, head = batch.hidden(model), model.wte.weight
+            hidden, head = batch.hidden_and_head(model)
             return losses.response_logps(hidden, head, batch), hidden, head
     return reference
 

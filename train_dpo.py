@@ -50,13 +50,13 @@ class Config(runs.Config):
 
 def pair_losses(cfg, model, reference, batch):
     """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
-    hidden = batch.hidden(model)
-    ref_logps, ref_hidden, ref_weight = reference(batch)
+    hidden, head = batch.hidden_and_head(model)
+    ref_logps, ref_hidden, ref_head = reference(batch)
     if cfg.loss == "cdpo":
-        cdpo, _, logps = losses.cdpo_loss(hidden, model.wte.weight, batch.targets, batch.owner, ref_hidden, ref_weight, ref_logps,
-                                          cfg.beta, cfg.gamma)
+        cdpo, _, logps = losses.cdpo_loss(hidden, head, batch.targets, batch.owner, ref_hidden, ref_head, ref_logps, cfg.beta,
+                                          cfg.gamma)
     else:
-        logps = losses.response_logps(hidden, model.wte.weight, batch)
+        logps = losses.response_logps(hidden, head, batch)
     dpo, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), cfg.beta, cfg.label_smoothing)
     won = losses.reward_wins(*logps.detach().chunk(2), *ref_logps.chunk(2))
     return cdpo if cfg.loss == "cdpo" else dpo, chosen_rewards - rejected_rewards, won
@@ -69,9 +69,9 @@ def evaluate(cfg, model, live, autocast, valid):
     reference that is not a cache, since what is sampled is new."""
     def both(batch):
         batch = batch.to(model.wte.weight.device)
-        hidden, (ref_logps, ref_hidden, ref_weight) = batch.hidden(model), live(batch)
-        per_token = losses.divergences(hidden, model.wte.weight, ref_hidden, ref_weight, batch.targets, cfg.beta)
-        return losses.response_logps(hidden, model.wte.weight, batch), ref_logps, per_token, batch
+        (hidden, head), (ref_logps, ref_hidden, ref_head) = batch.hidden_and_head(model), live(batch)
+        per_token = losses.divergences(hidden, head, ref_hidden, ref_head, batch.targets, cfg.beta)
+        return losses.response_logps(hidden, head, batch), ref_logps, per_token, batch
 
     pairs, per_token, regularizer = [], [], []
     with autocast():

@@ -47,7 +47,7 @@ def evaluate(cfg, model, autocast, train, valid):
             nll = scored = 0
             for rows in data.in_order(tokens, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
                 batch = data.sft_batch(tokens, rows, cfg.loss_on).to(device)
-                logps = losses.token_logps(batch.hidden(model), model.wte.weight, batch.targets)
+                logps = losses.token_logps(*batch.hidden_and_head(model), batch.targets)
                 nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
             found[key] = nll / scored
         logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
@@ -61,7 +61,7 @@ def evaluate(cfg, model, autocast, train, valid):
 
 
 def batch_loss(model, batch, normaliser):
-    return losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, normaliser)
+    return losses.sft_loss(*batch.hidden_and_head(model), batch.targets, normaliser)
 
 
 def main(cfg):

@@ -209,7 +209,7 @@ def sft_step(name, rank, bias, tokens, device):
 
     def loss():
         with autocast():
-            return losses.sft_loss(batch.hidden(model), model.wte.weight, batch.targets, tokens)
+            return losses.sft_loss(*batch.hidden_and_head(model), batch.targets, tokens)
     return stepping(model, optimizer, loss)
 
 

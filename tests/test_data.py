@@ -442,8 +442,9 @@ def test_hidden_and_to():
     tokens = tokens_of(([5, 6, 7], [1, 0, 9], [2, 9]), ([8], [2, 9], [3]))
     batch, hidden = data.reward_batch(tokens, [0, 1]), torch.arange(12 * 3).view(12, 3)   # 3 + 3 + 2 and 1 + 2 + 1 tokens
     asked = []
-    model = SimpleNamespace(hidden=lambda *arguments: asked.append(arguments) or hidden[arguments[2]])
-    assert batch.hidden(model).tolist() == hidden[batch.score_at].tolist()
+    model = SimpleNamespace(hidden_and_head=lambda *arguments: asked.append(arguments) or (hidden[arguments[2]], "head"))
+    found, head = batch.hidden_and_head(model)
+    assert found.tolist() == hidden[batch.score_at].tolist() and head == "head"
     assert [x is y for x, y in zip(asked[0], (batch.tokens, batch.packing, batch.score_at))] == [True] * 3
     moved = batch.to(torch.device("meta"))
     tensors = [x for x in (*vars(moved).values(), *moved.packing) if torch.is_tensor(x)]

@@ -320,6 +320,27 @@ def test_forward_is_hidden_times_the_embedding(ours):
         torch.testing.assert_close(ours(idx), ours.hidden(idx) @ ours.wte.weight.T, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_the_embedding_s_gradient_is_added_to_the_head_s_in_place(shape):
+    """Token 2 stands twice, token 3 never: only autograd's own sum would need a second matrix."""
+    weight, idx = torch.randn(5, 2, requires_grad=True), torch.tensor([2, 0, 2, 4, 1]).view(shape)
+    rows, head = gpt.Tied.apply(idx, weight)
+    assert torch.equal(rows, weight[idx]) and torch.equal(head, weight) and head.data_ptr() == weight.data_ptr()
+    upstream, head_grad = torch.arange(10.0).view(*shape, 2), torch.full((5, 2), 100.0)
+    found, = torch.autograd.grad((rows, head), weight, (upstream, head_grad))
+    assert found.tolist() == [[102, 103], [108, 109], [104, 106], [100, 100], [106, 107]]   # 2: rows 0 and 2, [0, 1] + [4, 5]
+    assert found.data_ptr() == head_grad.data_ptr()
+
+
+@pytest.mark.parametrize("used", ["rows", "head"])
+def test_one_use_of_the_embedding_alone(used):
+    """As in a reward model without the likelihood, and where the head is trained on given states."""
+    weight = torch.randn(5, 2, requires_grad=True)
+    rows, head = gpt.Tied.apply(torch.tensor([1, 1]), weight)
+    found, = torch.autograd.grad((rows if used == "rows" else head).sum(), weight)
+    assert found.tolist() == ([[0, 0], [2, 2], [0, 0], [0, 0], [0, 0]] if used == "rows" else [[1, 1]] * 5)
+
+
 def test_the_head_is_the_embedding(ours):
     """The gradient of wte is the sum of its two uses; a token that is not in the input gets one from the head alone."""
     idx, target = tokens(1, 6), tokens(6, seed=2)

@@ -180,10 +180,10 @@ def test_cdpo_with_cached_states_is_close_to_live():
     results = []
     for ref in (found, reference.live(model)):
         ref_logps, ref_hidden, head = ref(batch)
-        loss, regularizer, _ = losses.cdpo_loss(batch.hidden(policy), policy.wte.weight, batch.targets, batch.owner, ref_hidden,
+        loss, regularizer, _ = losses.cdpo_loss(*batch.hidden_and_head(policy), batch.targets, batch.owner, ref_hidden,
                                                 head, ref_logps, 0.5, 10.0)
         results.append((loss.detach(), regularizer, torch.autograd.grad(loss.sum(), policy.wte.weight)[0]))
-        start, half, _ = losses.cdpo_loss(batch.hidden(model), model.wte.weight, batch.targets, batch.owner, ref_hidden, head,
+        start, half, _ = losses.cdpo_loss(*batch.hidden_and_head(model), batch.targets, batch.owner, ref_hidden, head,
                                           ref_logps, 0.5, 10.0)
         assert (half - 0.5).abs().max() < 1e-3 and (start - np.log(2) - 5).abs().max() < 1e-2
     (loss, regularizer, gradient), (live_loss, live_regularizer, live_gradient) = results
