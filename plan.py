@@ -3,14 +3,15 @@ Will it fit? --dry-run counts the memory of a training step before anything is l
 
 The step runs on fake tensors, which have shapes and lifetimes, but no numbers and no memory. Every storage that comes to life and
 every one that dies is counted, so the peak is that of the real step. It takes seconds, for the largest model on the smallest
-machine.
+machine. On a CPU it also counts the holes that they leave in the process' memory (Heap).
 
 A module of its own, since three scripts use it. Simplified: the counted step runs the CPU's kernels, on a GPU others do the same.
-Not counted: an evaluation, which keeps nothing for a backward pass, and the holes in a heap: processes took 4 to 11 % more than
-is counted (`python -m studies.bench plan`).
+Not counted: an evaluation, which keeps nothing for a backward pass. `python -m studies.bench plan` holds it against processes.
 """
+import bisect
 import contextlib
 import os
+import random
 import weakref
 from pathlib import Path
 
@@ -25,41 +26,78 @@ import model as gpt
 import optim
 import runs
 
-MAPPED = 32e6   # bytes: glibc takes a block of this size from the system and gives it back; the heap of smaller ones stays
+MAPPED = 32e6   # bytes: glibc takes a block of this size from the system and gives it back; smaller ones share a heap
+ALIGN = 64      # bytes that a block in the heap loses, since torch wants it aligned; a hole must have twice as many to spare
+PINNED = 1 / 3  # how often holes that touch stay apart: from gpt2's measured peaks, and gpt2-medium's agree
 LOADED = {"cpu": 0.12e9}   # what torch still loads during the first step; elsewhere it is in START
 START = {"cpu": 0.30e9}    # Python and torch before the model
 CONTEXT = 0.60e9           # what a GPU's driver keeps for itself
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of all storages that were made inside and are alive, and the most there were at a time. heap: as a process sees it,
-    whose small blocks stay with it when they are freed."""
+class Heap:
+    """Bytes that glibc takes from the system. A block gets the smallest hole that is large enough, or space on top; holes stay
+    with the process. Two that touch become one, unless something small that is not counted lives in between."""
 
-    def __init__(self, heap):
-        super().__init__()
-        self.heap, self.known = heap, weakref.WeakKeyDictionary()
-        self.large = self.small = self.kept = self.peak = 0
+    def __init__(self):
+        self.holes, self.top, self.mapped, self.chance = [], 0, 0, random.Random(0)   # (start, end) in order
 
     @property
-    def live(self):
-        return self.large + self.small
+    def size(self):
+        return self.top + self.mapped
+
+    def take(self, nbytes):
+        """(start, end) of the block; a large one is not in the heap and starts at None."""
+        if nbytes >= MAPPED:
+            self.mapped += nbytes
+            return None, nbytes
+        on_top = self.holes[-1][0] if self.holes and self.holes[-1][1] == self.top else self.top
+        fits = [(end - start, start, end) for start, end in self.holes if end - start >= nbytes + 2 * ALIGN]
+        _, start, end = min(fits, default=(0, on_top, self.top))
+        if start < self.top:
+            self.holes.remove((start, end))
+        block = start, start + nbytes + ALIGN
+        if block[1] < end:
+            bisect.insort(self.holes, (block[1], end))
+        self.top = max(self.top, block[1])
+        return block
+
+    def free(self, start, end):
+        if start is None:
+            self.mapped -= end
+            return
+        at = bisect.bisect(self.holes, (start, end))
+        if at < len(self.holes) and self.holes[at][0] == end and self.chance.random() > PINNED:
+            end = self.holes.pop(at)[1]
+        if at and self.holes[at - 1][1] == start and self.chance.random() > PINNED:
+            at -= 1
+            start = self.holes.pop(at)[0]
+        self.holes.insert(at, (start, end))
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of all storages that were made inside and are alive, and the most there were at a time: alive, or with a Heap, as the
+    system sees it."""
+
+    def __init__(self, heap=None):
+        super().__init__()
+        self.heap, self.known = heap, weakref.WeakKeyDictionary()
+        self.live = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in self.known:
-                self.known[storage] = True
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
+                self.known[storage], nbytes = True, storage.nbytes()
+                self.live += nbytes
+                block = self.heap.take(nbytes) if self.heap else None
+                self.peak = max(self.peak, self.heap.size if self.heap else self.live)
+                weakref.finalize(storage, self.freed, nbytes, block)
         return out
 
-    def add(self, nbytes):
-        if abs(nbytes) >= MAPPED:
-            self.large += nbytes
-        else:
-            self.small += nbytes
-        self.kept = max(self.kept, self.small) if self.heap else self.small
-        self.peak = max(self.peak, self.large + self.kept)
+    def freed(self, nbytes, block):
+        self.live -= nbytes
+        if self.heap:
+            self.heap.free(*block)
 
 
 def count(cfg, config, batch, make, kind=gpt.GPT, device="cpu", half=False):
@@ -67,7 +105,7 @@ def count(cfg, config, batch, make, kind=gpt.GPT, device="cpu", half=False):
     autocast to bfloat16."""
     def autocast():
         return torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter(heap=device == "cpu") as meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(Heap() if device == "cpu" else None) as meter:
         model = kind(config)
         model.checkpoint_activations = cfg.checkpoint_activations
         if cfg.lora_rank:
@@ -77,7 +115,7 @@ def count(cfg, config, batch, make, kind=gpt.GPT, device="cpu", half=False):
         found["reference"] = meter.live - found["parameters"]
         optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
         together = min(2, optim.per_update(cfg.optimizer, cfg.accumulate))   # a second adds to the first one's gradient
-        for step in range(2):   # the optimizer's state comes with its first step
+        for step in range(3):   # the optimizer's state comes with its first step, and the heap's holes settle after that
             for k in range(together):
                 before = meter.live
                 with autocast():

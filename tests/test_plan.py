@@ -42,7 +42,7 @@ def counted(batch, make=sft, kind=gpt.GPT, half=False, **flags):
 # ---- by hand -------------------------------------------------------------------------------------------------------------
 
 def test_storages_are_counted_while_they_live():
-    with FakeTensorMode(), plan.Meter(heap=False) as meter:
+    with FakeTensorMode(), plan.Meter() as meter:
         a = torch.zeros(10, 10)
         assert (meter.live, meter.peak) == (400, 400)
         b = a.T.reshape(-1)[3:]   # a copy, and a view of that
@@ -58,13 +58,50 @@ def test_storages_are_counted_while_they_live():
 
 def test_a_heap_keeps_its_small_blocks():
     """10 MB and 40 MB: freed, the first stays with the process and the second does not."""
-    with FakeTensorMode(), plan.Meter(heap=True) as meter:
+    with FakeTensorMode(), plan.Meter(plan.Heap()) as meter:
         torch.zeros(10_000_000, dtype=torch.uint8)
         torch.zeros(40_000_000, dtype=torch.uint8)
-        assert meter.live == 0 and meter.peak == 50_000_000
-        torch.zeros(30_000_000, dtype=torch.uint8)
+        assert meter.live == 0 and meter.peak == 50_000_064
+        torch.zeros(30_000_000, dtype=torch.uint8)   # 20 MB more, since the hole at the end grows
         torch.zeros(41_000_000, dtype=torch.uint8)
-        assert meter.peak == 71_000_000
+        assert meter.peak == 71_000_064 and meter.heap.size == 30_000_064
+
+
+def test_a_block_takes_the_smallest_hole_that_is_large_enough(monkeypatch):
+    """Of blocks of 1,000, 700 and 400, with others between them, the last two make room for 300 and 600 and none for 600 more."""
+    monkeypatch.setattr(plan, "PINNED", 0)
+    heap = plan.Heap()
+    blocks = [heap.take(n) for n in (1000, 10, 700, 10, 400, 10)]
+    assert blocks == [(0, 1064), (1064, 1138), (1138, 1902), (1902, 1976), (1976, 2440), (2440, 2514)] and heap.size == 2514
+    heap.free(*blocks[2]), heap.free(*blocks[4])
+    assert heap.take(300) == (1976, 2340) and heap.take(600) == (1138, 1802) and heap.take(600) == (2514, 3178)
+    heap.free(*blocks[0])
+    assert heap.holes == [(0, 1064), (1802, 1902), (2340, 2440)]
+    heap.free(*blocks[1]), heap.free(1138, 1802), heap.free(*blocks[3])   # each touches a hole, the last one two
+    assert heap.holes == [(0, 1976), (2340, 2440)] and heap.size == 3178
+
+
+@pytest.mark.parametrize("pinned, holes", [(0, [(0, 492)]), (1, [(0, 164), (164, 328), (328, 492)])])
+def test_holes_that_touch_are_one_unless_something_lives_in_between(monkeypatch, pinned, holes):
+    monkeypatch.setattr(plan, "PINNED", pinned)
+    heap = plan.Heap()
+    blocks = [heap.take(100) for _ in range(3)]
+    for k in (0, 2, 1):
+        heap.free(*blocks[k])
+    assert heap.holes == holes
+    assert heap.take(200) == ((0, 264) if pinned == 0 else (328, 592))   # or it grows the last hole
+
+
+def test_blocks_do_not_overlap_and_the_heap_ends_behind_the_last_one():
+    heap, rng, live = plan.Heap(), np.random.default_rng(0), []
+    for _ in range(3000):
+        if live and rng.random() < 0.5:
+            heap.free(*live.pop(rng.integers(len(live))))
+        else:
+            live.append(heap.take(int(rng.integers(1, 10_000))))
+        pieces = sorted(live + heap.holes)
+        assert pieces[0][0] == 0 and pieces[-1][1] == heap.size   # without a gap
+        assert all(end == start for (_, end), (start, _) in zip(pieces, pieces[1:]))
 
 # ---- oracle: the step itself ---------------------------------------------------------------------------------------------
 
