@@ -12,7 +12,8 @@ to; the B chosen ones come first, then the B rejected ones. "logp" is of a token
 import torch
 from torch.nn import functional as F
 
-CHUNK = 6_000_000   # logits per chunk: 24 MB in fp32. Above 32 MB glibc maps each buffer anew, which costs more than the product
+# Logits at a time, of all models: 24 MB in fp32. Above 32 MB glibc maps each buffer anew, which costs more than the product.
+CHUNK = 6_000_000
 
 
 class _Logp(torch.autograd.Function):
@@ -24,11 +25,11 @@ class _Logp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, grad):
+    def forward(ctx, hidden, weight, targets, grad, models):
         ctx.dtype, found = matmul_dtype(hidden, weight), []
         at_once = torch.empty_like(hidden) if grad and not ctx.needs_input_grad[1] else None
-        out = room(hidden, weight, ctx.dtype)
-        for rows in chunks(len(hidden), len(weight)):
+        out = room(hidden, weight, ctx.dtype, models)
+        for rows in chunks(len(hidden), len(weight), models):
             logp, target = log_softmax(hidden[rows], weight, ctx.dtype, out), targets[rows, None]   # (s, V)
             found.append(logp.gather(1, target).squeeze(1))
             if at_once is not None:
@@ -41,13 +42,13 @@ class _Logp(torch.autograd.Function):
     def backward(ctx, grad_logp):
         if len(ctx.saved_tensors) == 1:
             at_once, = ctx.saved_tensors
-            return at_once * grad_logp[:, None].to(at_once.dtype), None, None, None
+            return at_once * grad_logp[:, None].to(at_once.dtype), None, None, None, None
         hidden, weight, targets = ctx.saved_tensors
         sums, out = _Gradient(hidden, weight, ctx.dtype, *ctx.needs_input_grad[:2]), room(hidden, weight, ctx.dtype)
         for rows in chunks(len(hidden), len(weight)):
             d = log_softmax(hidden[rows], weight, ctx.dtype, out).exp_().mul_(-grad_logp[rows, None])
             sums.add(rows, d.scatter_add_(1, targets[rows, None], grad_logp[rows, None]))
-        return sums.hidden, sums.weight, None, None
+        return sums.hidden, sums.weight, None, None, None
 
 
 class _Weighted(torch.autograd.Function):
@@ -62,8 +63,9 @@ class _Weighted(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, factor, ref_hidden, ref_weight, share, beta, grad):
         dtype, found, regularizer = matmul_dtype(hidden, weight), [], []
         sums = _Gradient(hidden, weight, dtype, *(grad and need for need in ctx.needs_input_grad[:2]))
-        out, ref_out = room(hidden, weight, dtype), None if ref_hidden is None else room(hidden, weight, dtype)
-        for rows in chunks(len(hidden), len(weight)):
+        models = 1 if ref_hidden is None else 2
+        out, ref_out = [room(hidden, weight, dtype, models) for _ in range(models)] + [None] * (2 - models)
+        for rows in chunks(len(hidden), len(weight), models):
             logp, target = log_softmax(hidden[rows], weight, dtype, out), targets[rows, None]   # (s, V)
             found.append(logp.gather(1, target).squeeze(1))
             f = factor[rows, None].to(logp.dtype)
@@ -121,8 +123,12 @@ class _Gradient:
             self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
 
 
-def chunks(n, vocabulary):
-    size = max(1, CHUNK // vocabulary)
+def chunk_rows(vocabulary, models):
+    return max(1, CHUNK // (vocabulary * models))
+
+
+def chunks(n, vocabulary, models=1):
+    size = chunk_rows(vocabulary, models)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
@@ -134,11 +140,11 @@ def matmul_dtype(hidden, weight):
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def room(hidden, weight, dtype):
+def room(hidden, weight, dtype, models=1):
     """For the log-probabilities of one chunk after the other. A new buffer for each would leave holes in the heap that nothing
     fills."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return torch.empty(min(len(hidden), max(1, CHUNK // len(weight))), len(weight), dtype=wide, device=hidden.device)
+    rows, wide = min(len(hidden), chunk_rows(len(weight), models)), torch.promote_types(dtype, torch.float32)
+    return torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
 
 
 def product(x, weight):
@@ -156,12 +162,12 @@ def log_softmax(hidden, weight, dtype, out):
         return torch.log_softmax(product(hidden.to(dtype), weight.to(dtype)), 1, dtype=out.dtype, out=out[:len(hidden)])
 
 
-def token_logps(hidden, weight, targets):
+def token_logps(hidden, weight, targets, models=1):
     """hidden (S, C), weight (V, C), targets (S,) -> (S,) log-probability of each target. The shift by one is the caller's:
     hidden[i] is the state *before* targets[i] (data.Batch does it, in one place)."""
     if not len(hidden) == len(targets):
         raise ValueError(f"{len(hidden)} hidden states for {len(targets)} targets")
-    return _Logp.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad)
+    return _Logp.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad, models)
 
 
 def sequence_logps(logps, owner, n):
@@ -223,7 +229,7 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
     """
     n = len(ref_logps)
     with torch.no_grad():
-        logps = sequence_logps(token_logps(hidden, weight, targets), owner, n)
+        logps = sequence_logps(token_logps(hidden, weight, targets, models=2), owner, n)   # in the second phase's memory
     with torch.enable_grad():
         leaf = logps.requires_grad_()
         losses, _, _ = dpo_loss(*leaf.chunk(2), *ref_logps.chunk(2), beta)
@@ -268,8 +274,8 @@ def divergences(hidden, weight, ref_hidden, ref_weight, targets, beta):
     """How two models differ at the same positions, over the whole vocabulary, each (S,): entropy of pi, KL(pi || ref) and
     KL(ref || pi) in nats, and CDPO's R_t."""
     dtype, found = matmul_dtype(hidden, weight), []
-    out, ref_out = room(hidden, weight, dtype), room(hidden, weight, dtype)
-    for rows in chunks(len(hidden), len(weight)):
+    out, ref_out = (room(hidden, weight, dtype, models=2) for _ in range(2))
+    for rows in chunks(len(hidden), len(weight), models=2):
         logp, ref_logp = log_softmax(hidden[rows], weight, dtype, out), log_softmax(ref_hidden[rows], ref_weight, dtype, ref_out)
         p, ratio = logp.exp(), logp - ref_logp
         found.append((-(p * logp).sum(1), (p * ratio).sum(1), -(ref_logp.exp() * ratio).sum(1),

@@ -238,7 +238,7 @@ def test_both_ways_of_cdpos_head_give_the_same_loss(work, monkeypatch):
     for full in (False, True):
         run, facts = rivals.cdpo_head(work, full, rows=24, repeats=1)
         assert len(run()) == 1 and facts["resident"] > 5e7
-    assert len(found) == 4 and found == pytest.approx([found[0]] * 4, rel=1e-5)
+    assert len(found) == 6 and found == pytest.approx([found[0], found[1], found[1]] * 2, rel=1e-5)   # first: what torch loads
 
 
 def test_repetitions_run_in_processes_of_their_own(work, monkeypatch, tmp_path):
