@@ -1,13 +1,14 @@
 """
-From hidden states to losses. Pure functions on tensors: no config, no device moves.
+From hidden states to losses. Functions on tensors, without config or device moves; those named batch_ run the model, too.
 
-Everything starts at one function, token_logps: the log-probability of each target given its hidden state. It meets only the
-rows that are scored, a chunk of them at a time, so that a matrix of (tokens, 50257) never exists as a whole. DPO and the reward
-model differentiate through it, and each chunk's logits are computed again to go back. SFT and CDPO know the factor of every
-log-probability in their loss beforehand, so that one pass over the chunks gives loss and gradient (_Weighted).
+What they share is log_softmax, of the rows that are scored and of a chunk of them at a time, so that a matrix of (tokens, 50257)
+never exists as a whole. DPO differentiates through token_logps, the log-probability of each target given its hidden state, and
+computes each chunk's logits again to go back. SFT and CDPO know the factor of every log-probability in their loss beforehand, so
+that one pass over the chunks gives loss and gradient (_Weighted).
 
-Shapes: S scored positions, C channels, V vocabulary, B pairs. `owner` (S,) says which of the 2B responses a position belongs
-to; the B chosen ones come first, then the B rejected ones. "logp" is of a token, "logps" of a whole response.
+Shapes: S scored positions, s of a chunk, C channels, V vocabulary, B pairs, R responses. `owner` (S,) says which response a
+position belongs to; of B pairs the B chosen ones come first, then the B rejected ones, R = 2B. logp is of a position, over the
+vocabulary (s, V) or of its target (S,); logps of whole responses, (R,).
 """
 import torch
 from torch.nn import functional as F
@@ -16,114 +17,8 @@ from torch.nn import functional as F
 CHUNK = 6_000_000
 
 
-class _Logp(torch.autograd.Function):
-    """(S, C) hidden states -> (S,) log-probabilities of the targets.
-
-    The gradient at the logits is d (onehot - softmax), d = dL / dlogp, a number for each position. A frozen matrix (LoRA) needs
-    that of the hidden states only, whose rows d scales: forward computes them for d = 1 at once. Else only the inputs are kept,
-    and backward goes over the chunks again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, grad, models):
-        ctx.dtype, found = matmul_dtype(hidden, weight), []
-        at_once = torch.empty_like(hidden) if grad and not ctx.needs_input_grad[1] else None
-        out = room(hidden, weight, ctx.dtype, models)
-        for rows in chunks(len(hidden), len(weight), models):
-            logp, target = log_softmax(hidden[rows], weight, ctx.dtype, out), targets[rows, None]   # (s, V)
-            found.append(logp.gather(1, target).squeeze(1))
-            if at_once is not None:
-                d = logp.exp_().neg_().scatter_add_(1, target, torch.ones_like(logp[:, :1]))
-                at_once[rows] = product(d.to(ctx.dtype), weight.to(ctx.dtype).T)
-        ctx.save_for_backward(*((at_once,) if at_once is not None else (hidden, weight, targets)))
-        return torch.cat(found)
-
-    @staticmethod
-    def backward(ctx, grad_logp):
-        if len(ctx.saved_tensors) == 1:
-            at_once, = ctx.saved_tensors
-            return at_once * grad_logp[:, None].to(at_once.dtype), None, None, None, None
-        hidden, weight, targets = ctx.saved_tensors
-        sums, out = _Gradient(hidden, weight, ctx.dtype, *ctx.needs_input_grad[:2]), room(hidden, weight, ctx.dtype)
-        for rows in chunks(len(hidden), len(weight)):
-            d = log_softmax(hidden[rows], weight, ctx.dtype, out).exp_().mul_(-grad_logp[rows, None])
-            sums.add(rows, d.scatter_add_(1, targets[rows, None], grad_logp[rows, None]))
-        return sums.hidden, sums.weight, None, None, None
-
-
-class _Weighted(torch.autograd.Function):
-    """sum over positions of factor logp + share R_t -> that number, and logp and R_t, (S,) each, without a gradient. R_t, CDPO's
-    regulariser, where there is a reference. Loss and gradient in one pass: backward multiplies by the number that arrives.
-
-    With s_v the sigmoid in R_t (cdpo_regularizer), the gradient at log pi(v) is factor at v = y_t and share beta s_v (1 - s_v) /
-    (V - 1) elsewhere; at the logits it is d - softmax * (sum of d over the vocabulary), since logp = z - logsumexp(z).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, factor, ref_hidden, ref_weight, share, beta, grad):
-        dtype, found, regularizer = matmul_dtype(hidden, weight), [], []
-        sums = _Gradient(hidden, weight, dtype, *(grad and need for need in ctx.needs_input_grad[:2]))
-        models = 1 if ref_hidden is None else 2
-        out, ref_out = [room(hidden, weight, dtype, models) for _ in range(models)] + [None] * (2 - models)
-        for rows in chunks(len(hidden), len(weight), models):
-            logp, target = log_softmax(hidden[rows], weight, dtype, out), targets[rows, None]   # (s, V)
-            found.append(logp.gather(1, target).squeeze(1))
-            f = factor[rows, None].to(logp.dtype)
-            if ref_hidden is None:
-                d = logp.exp_().mul_(-f).scatter_add_(1, target, f)
-            else:   # in place, chunks are large
-                s = log_softmax(ref_hidden[rows], ref_weight, dtype, ref_out)
-                torch.sub(logp, s, out=s).mul_(beta).sigmoid_().scatter_(1, target, 0.0)
-                regularizer.append(s.sum(1) / (s.size(1) - 1))
-                d = s.addcmul_(s, s, value=-1).mul_(share[rows, None] * beta / (s.size(1) - 1)).scatter_(1, target, f)
-                d.addcmul_(logp.exp_(), d.sum(1, keepdim=True), value=-1)
-            sums.add(rows, d)
-        ctx.save_for_backward(sums.hidden, sums.weight)
-        logp, regularizer = torch.cat(found), torch.cat(regularizer) if regularizer else None
-        ctx.mark_non_differentiable(*(x for x in (logp, regularizer) if x is not None))
-        return (factor * logp).sum() + (0 if regularizer is None else (share * regularizer).sum()), logp, regularizer
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        return *(g if g is None else g.mul_(grad) for g in ctx.saved_tensors), *7 * (None,)
-
-
-class _Shared(torch.autograd.Function):
-    """The losses of B pairs, whose gradient is known for their sum only."""
-
-    @staticmethod
-    def forward(ctx, losses, total):
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if grad.stride(0) and not (grad == grad[0]).all():   # stride 0: one number for all, as sum() and mean() hand it on
-            raise ValueError("cdpo_loss: only a multiple of the losses' sum can be differentiated, such as their mean")
-        return None, grad[0]
-
-
-class _Gradient:
-    """The sums that a pass over the chunks builds up: d @ weight is a chunk's gradient of its hidden states, d.T @ hidden what it
-    adds to that of the matrix, with d (s, V) the gradient at the logits."""
-
-    def __init__(self, hidden, weight, dtype, want_hidden, want_weight):
-        self.inputs, self.dtype, self.want_weight = (hidden, weight), dtype, want_weight
-        self.hidden = torch.empty_like(hidden) if want_hidden else None
-        self.weight = None
-
-    def add(self, rows, d):
-        (hidden, weight), d = self.inputs, d.to(self.dtype)
-        if self.hidden is not None:
-            self.hidden[rows] = product(d, weight.to(d.dtype).T).to(hidden.dtype)
-        if self.want_weight and self.weight is None:
-            self.weight = (d.T @ hidden[rows].to(d.dtype)).to(weight.dtype)
-        elif self.want_weight and d.dtype == weight.dtype:
-            self.weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
-        elif self.want_weight:
-            self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
-
-
 def chunk_rows(vocabulary, models):
+    """Rows whose logits, of so many models at a time, fill a CHUNK."""
     return max(1, CHUNK // (vocabulary * models))
 
 
@@ -157,9 +52,68 @@ def product(x, weight):
 
 
 def log_softmax(hidden, weight, dtype, out):
-    """(s, C), (V, C) -> (s, V) log-probabilities: half types go up to fp32 after the product, fp64 stays. In `out`, a room()."""
+    """(s, C), (V, C) -> (s, V) log-probabilities: half types go up to fp32 after the product, fp64 stays. They stand in `out`, a
+    room(), until the next chunk's do."""
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.log_softmax(product(hidden.to(dtype), weight.to(dtype)), 1, dtype=out.dtype, out=out[:len(hidden)])
+
+
+class _Gradient:
+    """The sums that a pass over the chunks builds up: d @ weight is a chunk's gradient of its hidden states, d.T @ hidden what it
+    adds to that of the matrix, with d (s, V) the gradient at the logits."""
+
+    def __init__(self, hidden, weight, dtype, want_hidden, want_weight):
+        self.inputs, self.dtype, self.want_weight = (hidden, weight), dtype, want_weight
+        self.hidden = torch.empty_like(hidden) if want_hidden else None
+        self.weight = None
+
+    def add(self, rows, d):
+        (hidden, weight), d = self.inputs, d.to(self.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = product(d, weight.to(d.dtype).T).to(hidden.dtype)
+        if self.want_weight and self.weight is None:
+            self.weight = (d.T @ hidden[rows].to(d.dtype)).to(weight.dtype)
+        elif self.want_weight and d.dtype == weight.dtype:
+            self.weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
+        elif self.want_weight:
+            self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
+
+# ----------------------------------------------------------------------------------------------------------------------
+# log-probabilities
+
+class _Logp(torch.autograd.Function):
+    """(S, C) hidden states -> (S,) log-probabilities of the targets.
+
+    The gradient at the logits is d = g (onehot - softmax), g = dL / dlogp, a number for each position. A frozen matrix (LoRA)
+    needs that of the hidden states only, whose rows g scales: forward computes them for g = 1 at once. Else only the inputs are
+    kept, and backward goes over the chunks again. grad: whether a gradient is wanted, which forward cannot ask autograd.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, grad, models):
+        ctx.dtype, found = matmul_dtype(hidden, weight), []
+        at_once = torch.empty_like(hidden) if grad and not ctx.needs_input_grad[1] else None
+        out = room(hidden, weight, ctx.dtype, models)
+        for rows in chunks(len(hidden), len(weight), models):
+            logp, target = log_softmax(hidden[rows], weight, ctx.dtype, out), targets[rows, None]   # (s, V)
+            found.append(logp.gather(1, target).squeeze(1))
+            if at_once is not None:
+                d = logp.exp_().neg_().scatter_add_(1, target, torch.ones_like(logp[:, :1]))
+                at_once[rows] = product(d.to(ctx.dtype), weight.to(ctx.dtype).T)
+        ctx.save_for_backward(*((at_once,) if at_once is not None else (hidden, weight, targets)))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx, grad_logp):
+        if len(ctx.saved_tensors) == 1:
+            at_once, = ctx.saved_tensors
+            return at_once * grad_logp[:, None].to(at_once.dtype), None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        sums, out = _Gradient(hidden, weight, ctx.dtype, *ctx.needs_input_grad[:2]), room(hidden, weight, ctx.dtype)
+        for rows in chunks(len(hidden), len(weight)):
+            d = log_softmax(hidden[rows], weight, ctx.dtype, out).exp_().mul_(-grad_logp[rows, None])
+            sums.add(rows, d.scatter_add_(1, targets[rows, None], grad_logp[rows, None]))
+        return sums.hidden, sums.weight, None, None, None
 
 
 def token_logps(hidden, weight, targets, models=1):
@@ -171,7 +125,8 @@ def token_logps(hidden, weight, targets, models=1):
 
 
 def sequence_logps(logps, owner, n):
-    """Token log-probabilities (S,) summed, not averaged, over each of n responses: (n,) (FORMULAS section 1)."""
+    """A number of each token (S,), such as its log-probability, summed, not averaged, over each of n responses: (n,) (FORMULAS
+    section 1)."""
     return torch.zeros(n, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 
 
@@ -183,6 +138,49 @@ def response_logps(hidden, weight, batch):
 def batch_logps(model, batch):
     """The same from the model."""
     return response_logps(*batch.hidden_and_head(model), batch)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# losses
+
+class _Weighted(torch.autograd.Function):
+    """sum over positions of factor logp + share R_t -> that number, and R_t, (S,), without a gradient. R_t, CDPO's regulariser,
+    where there is a reference. Loss and gradient in one pass: backward multiplies by the number that arrives.
+
+    With s_v the sigmoid in R_t (cdpo_regularizer), the gradient at log pi(v) is factor at v = y_t and share beta s_v (1 - s_v) /
+    (V - 1) elsewhere; at the logits it is d - softmax * (sum of d over the vocabulary), since logp = z - logsumexp(z).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, factor, ref_hidden, ref_weight, share, beta, grad):
+        dtype, found, regularizer = matmul_dtype(hidden, weight), [], []
+        sums = _Gradient(hidden, weight, dtype, *(grad and need for need in ctx.needs_input_grad[:2]))
+        models = 1 if ref_hidden is None else 2
+        out, ref_out = [room(hidden, weight, dtype, models) for _ in range(models)] + [None] * (2 - models)
+        for rows in chunks(len(hidden), len(weight), models):
+            logp, target = log_softmax(hidden[rows], weight, dtype, out), targets[rows, None]   # (s, V)
+            found.append(logp.gather(1, target).squeeze(1))
+            f = factor[rows, None].to(logp.dtype)
+            if ref_hidden is None:
+                d = logp.exp_().mul_(-f).scatter_add_(1, target, f)
+            else:   # in place, chunks are large
+                s = log_softmax(ref_hidden[rows], ref_weight, dtype, ref_out)
+                torch.sub(logp, s, out=s).mul_(beta).sigmoid_().scatter_(1, target, 0.0)
+                regularizer.append(s.sum(1) / (s.size(1) - 1))
+                # d is the gradient at the log-probabilities, and one line on at the logits
+                d = s.addcmul_(s, s, value=-1).mul_(share[rows, None] * beta / (s.size(1) - 1)).scatter_(1, target, f)
+                d.addcmul_(logp.exp_(), d.sum(1, keepdim=True), value=-1)
+            sums.add(rows, d)
+        ctx.save_for_backward(sums.hidden, sums.weight)
+        total = (factor * torch.cat(found)).sum()
+        if ref_hidden is None:
+            return total, None
+        regularizer = torch.cat(regularizer)
+        ctx.mark_non_differentiable(regularizer)
+        return total + (share * regularizer).sum(), regularizer
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return *(g if g is None else g.mul_(grad) for g in ctx.saved_tensors), *(None,) * 7
 
 
 def sft_loss(hidden, weight, targets, normaliser):
@@ -218,6 +216,20 @@ def cdpo_regularizer(logp, ref_logp, targets, beta):
     return (s.sum(1) - s.gather(1, targets[:, None]).squeeze(1)) / (logp.size(1) - 1)
 
 
+class _Shared(torch.autograd.Function):
+    """The losses (B,), with the gradient of `total`: a number that differs from their sum, but has its gradient."""
+
+    @staticmethod
+    def forward(ctx, losses, total):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.stride(0) and not (grad == grad[0]).all():   # stride 0: one number for all, as sum() and mean() hand it on
+            raise ValueError("cdpo_loss: only a multiple of the losses' sum can be differentiated, such as their mean")
+        return None, grad[0]
+
+
 def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps, beta, gamma):
     """L = L_DPO + gamma R (Eq. 4), R the mean over the two responses of the mean over each one's tokens of R_t. The paper
     leaves open how positions and responses combine; FORMULAS section 4 says what our choice means.
@@ -225,17 +237,17 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
     hidden, ref_hidden (S, C); weight, ref_weight (V, C); targets, owner (S,); ref_logps (2B,).
     Returns losses (B,), regularizer (B,), logps (2B,). Only a multiple of losses.sum() can be differentiated: the gradient is
     computed here, in two phases. The first finds the responses' log-probabilities and with them each one's factor in L_DPO's
-    gradient; in the second, which alone needs the reference, all is known.
+    gradient; in the second, which alone needs the reference's hidden states, all is known.
     """
     n = len(ref_logps)
     with torch.no_grad():
-        logps = sequence_logps(token_logps(hidden, weight, targets, models=2), owner, n)   # in the second phase's memory
+        logps = sequence_logps(token_logps(hidden, weight, targets, models=2), owner, n)   # in chunks as small as phase two's
     with torch.enable_grad():
         leaf = logps.requires_grad_()
         losses, _, _ = dpo_loss(*leaf.chunk(2), *ref_logps.chunk(2), beta)
         factor, = torch.autograd.grad(losses.sum(), leaf)
-    lengths = sequence_logps(torch.ones_like(owner, dtype=logps.dtype), owner, n)
-    total, _, r = _Weighted.apply(hidden, weight, targets, factor[owner], ref_hidden, ref_weight, (gamma / 2 / lengths)[owner],
+    lengths = sequence_logps(torch.ones_like(owner, dtype=logps.dtype), owner, n)   # to take the mean over a response's tokens
+    total, r = _Weighted.apply(hidden, weight, targets, factor[owner], ref_hidden, ref_weight, (gamma / 2 / lengths)[owner],
                                   beta, torch.is_grad_enabled())
     regularizer = (sequence_logps(r, owner, n) / lengths).view(2, -1).mean(0)
     return _Shared.apply(losses.detach() + gamma * regularizer, total), regularizer, logps.detach()
@@ -254,6 +266,8 @@ def batch_rewards(model, batch):
     scored, last = hidden.split((len(batch.targets), batch.responses))
     return model.rewards(last, response_logps(scored, head, batch))
 
+# ----------------------------------------------------------------------------------------------------------------------
+# what is reported
 
 def wins(a, b, slack=0.0):
     """1 where a > b, 0 where a < b, 1/2 at a tie, |a - b| <= slack. (B,)"""

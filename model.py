@@ -53,7 +53,7 @@ SIZES = {
 # the network
 
 class Linear(nn.Linear):
-    """nn.Linear; while generate runs on a CPU, `packed` is its matrix for oneDNN (packed_weights)."""
+    """nn.Linear; while generate runs on a CPU, `packed` is its matrix in oneDNN's layout (packed_weights; not a Packing)."""
     packed = None
 
     def forward(self, x):
@@ -65,12 +65,12 @@ class Linear(nn.Linear):
 class Packing(NamedTuple):
     """How N tokens in a line, without padding, make sequences. The matrices see every token once, (N, C). Attention sees a few
     rectangles (B, T), each with sequences of similar length, padded on the right; M places in all. The responses to one prompt
-    share its tokens: these stand in several sequences and, since they see only themselves, are the same in each (Wang & Hegde
+    share its tokens: these stand in several sequences and, since a prompt sees only itself, are the same in each (Wang & Hegde
     2024, arXiv 2410.20305)."""
     positions: torch.Tensor   # (N,) of each token in its sequence
     shapes: tuple             # the rectangles' (B, T)
-    places: torch.Tensor      # (M,) the token that stands there; behind a sequence's end any, no real token sees it
-    back: torch.Tensor        # (N,) a place of each token, to read attention's output from
+    places: torch.Tensor      # (M,) for each place, the number of its token, 0..N-1; padding has any, no real token sees it
+    back: torch.Tensor        # (N,) for each token, one of its places, 0..M-1, to read attention's output from
 
 
 class Attention(nn.Module):
@@ -81,6 +81,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, packing, at, cache, layer):
+        """F.embedding(i, x) below is x[i], with a faster backward pass."""
         if packing is None:
             return self.c_proj(self.attend(self.c_attn(x), cache, layer))
         parts = F.embedding(packing.places, self.c_attn(x)).split([B * T for B, T in packing.shapes])   # (N, 3C) -> (M, 3C)
@@ -108,15 +109,16 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x, lean):
-        """lean: GELU's output, 4C of 17C numbers that a layer would keep of a token, is computed again in the backward pass."""
+        """lean: there will be a backward pass. GELU's output, 4C of 17C numbers that a layer would keep of a token, is not kept
+        for it, but computed again from h."""
         h = self.c_fc(x)
         y = F.gelu(h, approximate="tanh")
         if not lean:
             return self.c_proj(y)
-        output = y.untyped_storage()._cdata
+        storage = y.untyped_storage()._cdata   # c_proj saves a view of y
 
         def pack(t):
-            return t.shape if t.untyped_storage()._cdata == output else t
+            return t.shape if t.untyped_storage()._cdata == storage else t
 
         def unpack(t):
             return F.gelu(h, approximate="tanh").view(t) if isinstance(t, torch.Size) else t
@@ -153,9 +155,9 @@ class Tied(torch.autograd.Function):
         return F.embedding(idx, weight), weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, rows, head):
+    def backward(ctx, grad_rows, grad_head):
         idx, = ctx.saved_tensors
-        return None, head.contiguous().index_add_(0, idx.flatten(), rows.flatten(0, -2))
+        return None, grad_head.contiguous().index_add_(0, idx.flatten(), grad_rows.flatten(0, -2))
 
 
 class GPT(nn.Module):
@@ -165,7 +167,8 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise InputError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
-        self.config, self.checkpoint_activations = config, False   # True: a block's inputs are kept, the rest computed again
+        self.config = config
+        self.checkpoint_activations = False   # True: of a block its input is kept for the backward pass, the rest computed again
         self.wte = embedding(config.vocab_size, config.n_embd)   # tokens, and the head
         self.wpe = embedding(config.block_size, config.n_embd)   # positions
         self.drop = nn.Dropout(config.dropout)
@@ -185,13 +188,13 @@ class GPT(nn.Module):
     def hidden(self, idx, packing=None, at=None, cache=None):
         """Final hidden states, one matrix product short of the logits.
 
-        idx (B, T) token ids -> (B, T, C). Or packed ones (N,) with their Packing -> (N, C), or with places `at` (S,) -> (S, C):
-        the last block leaves out what is not read.
+        idx (B, T) token ids -> (B, T, C). Or packed ones (N,) with their Packing -> (N, C); or, of these, the tokens with the
+        numbers `at` (S,) alone -> (S, C): the last block leaves out what is not read.
         """
         return self.hidden_and_head(idx, packing, at, cache)[0]
 
     def hidden_and_head(self, idx, packing=None, at=None, cache=None):
-        """The same, and the vocabulary matrix (V, C) to multiply them by: wte.weight, so that its gradient is small (Tied)."""
+        """The same, and the vocabulary matrix (V, C) to multiply them by: wte.weight, whose gradient is made once (Tied)."""
         T = idx.size(-1) if packing is None else max(T for _, T in packing.shapes)
         if cache is None and T > self.config.block_size:
             raise InputError(f"a sequence of {T} tokens does not fit block_size {self.config.block_size}")

@@ -28,7 +28,7 @@ import runs
 
 MAPPED = 32e6   # bytes: glibc takes a block of this size from the system and gives it back; smaller ones share a heap
 ALIGN = 64      # bytes that a block in the heap loses, since torch wants it aligned; a hole must have twice as many to spare
-PINNED = 1 / 3  # how often holes that touch stay apart: from gpt2's measured peaks, and gpt2-medium's agree
+PINNED = 1 / 3  # how often holes that touch stay apart: set on measured peaks, of gpt2 and gpt2-medium, which agree
 LOADED = {"cpu": 0.12e9}   # what torch still loads during the first step; elsewhere it is in START
 START = {"cpu": 0.30e9}    # Python and torch before the model
 CONTEXT = 0.60e9           # what a GPU's driver keeps for itself
@@ -115,7 +115,7 @@ def count(cfg, config, batch, make, kind=gpt.GPT, device="cpu", half=False):
         found["reference"] = meter.live - found["parameters"]
         optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
         together = min(2, optim.per_update(cfg.optimizer, cfg.accumulate))   # a second adds to the first one's gradient
-        for step in range(3):   # the optimizer's state comes with its first step, and the heap's holes settle after that
+        for step in range(3 if meter.heap else 2):   # the optimizer's state comes with the first; a heap's holes settle later
             for k in range(together):
                 before = meter.live
                 with autocast():

@@ -1,5 +1,6 @@
 """
-Direct preference optimisation (DPO), and its conservative variant CDPO: a model learns from pairs to prefer the chosen response.
+Direct preference optimisation (DPO): a model learns from pairs to prefer the chosen response. And CDPO, which adds a regulariser
+over the whole vocabulary.
 
     python train_dpo.py                                   # from runs/sft, the embedded data
     python train_dpo.py --loss cdpo --gamma 10 --out runs/cdpo
@@ -7,8 +8,8 @@ Direct preference optimisation (DPO), and its conservative variant CDPO: a model
     python train_dpo.py --lora-rank 8 --lr 1e-3           # adapters beside frozen weights (lora.py)
 
 The reference is --init as it was. What it says of the training pairs is computed once and cached (reference.py), so that there is
-one model in memory; with LoRA it is the policy with its adapters off. Both see every pair with dropout off. Before the first step
-they are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
+one model in memory (two during an evaluation); with LoRA it is the policy with its adapters off. Both see every pair with dropout
+off. Before the first step they are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
 
 Simplified: one process, one GPU.
 """
@@ -42,16 +43,17 @@ class Config(runs.Config):
     epochs: float = 0.5
     eval_every: int = 50
     loss: Literal["dpo", "cdpo"] = "dpo"   # cdpo adds gamma times a regulariser over the whole vocabulary
-    beta: float = 0.5                      # how many nats of log-ratio make one unit of reward
+    beta: float = 0.5                      # reward = beta (log pi - log ref): units of reward a nat
     gamma: float = 1.0                     # weight of CDPO's regulariser
     reference: Literal["auto", "cache", "live"] = "auto"   # computed once and kept on disk, or run beside the policy
     label_smoothing: float = 0.0           # share of pairs that are taken to be labelled wrong; for --loss dpo
 
 
-def pair_losses(cfg, model, reference, batch):
-    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,)."""
+def pair_losses(cfg, model, look, batch):
+    """Losses, margins and whether the chosen response won (1, 0, or 1/2 at a tie) of a micro-batch of B pairs, each (B,).
+    look(batch): what the reference says, its (logps, hidden states, head); see reference.py."""
     hidden, head = batch.hidden_and_head(model)
-    ref_logps, ref_hidden, ref_head = reference(batch)
+    ref_logps, ref_hidden, ref_head = look(batch)
     if cfg.loss == "cdpo":
         cdpo, _, logps = losses.cdpo_loss(hidden, head, batch.targets, batch.owner, ref_hidden, ref_head, ref_logps, cfg.beta,
                                           cfg.gamma)
@@ -63,37 +65,37 @@ def pair_losses(cfg, model, reference, batch):
 
 
 @torch.no_grad()
-def evaluate(cfg, model, live, autocast, valid):
+def evaluate(cfg, model, look, autocast, valid):
     """The plain DPO loss and both accuracies on held-out pairs, so that DPO and CDPO runs compare; how far the policy has moved
-    there over the whole vocabulary; and what it says when it is sampled, with the exact KL of each position summed. live: a
-    reference that is not a cache, since what is sampled is new."""
+    there over the whole vocabulary, KL(ref || pi); and what it says when it is sampled, with the exact KL(pi || ref) of each
+    position summed. look: not of a cache, since what is sampled is new."""
     def both(batch):
         batch = batch.to(model.wte.weight.device)
-        (hidden, head), (ref_logps, ref_hidden, ref_head) = batch.hidden_and_head(model), live(batch)
+        (hidden, head), (ref_logps, ref_hidden, ref_head) = batch.hidden_and_head(model), look(batch)
         per_token = losses.divergences(hidden, head, ref_hidden, ref_head, batch.targets, cfg.beta)
         return losses.response_logps(hidden, head, batch), ref_logps, per_token, batch
 
     pairs, per_token, regularizer = [], [], []
     with autocast():
         for rows in data.in_order(valid, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
-            logps, ref_logps, (entropy, _, kl, r), batch = both(data.pair_batch(valid, rows))
+            logps, ref_logps, (entropy, _, ref_kl, r), batch = both(data.pair_batch(valid, rows))
             pairs.append((*logps.chunk(2), *ref_logps.chunk(2)))
-            per_token.append((entropy, kl))
+            per_token.append((entropy, ref_kl))
             regularizer.append(losses.sequence_logps(r, batch.owner, batch.responses) / batch.lengths)
         answers = data.sample_answers(model, valid, cfg.seed, cfg.eval_answers)
         if answers:
             _, _, (_, sampled_kl, _, _), _ = both(data.collate([(valid[i][0], answer) for i, answer in enumerate(answers)]))
         chosen, rejected, ref_chosen, ref_rejected = logps = [torch.cat(part) for part in zip(*pairs)]
-        won = losses.reward_wins(*logps)
+        won = losses.reward_wins(*logps)   # inside autocast, which says how near a tie is
     loss, chosen_rewards, rejected_rewards = losses.dpo_loss(*logps, cfg.beta)
-    entropy, kl = (torch.cat(part).mean() for part in zip(*per_token))
+    entropy, ref_kl = (torch.cat(part).mean() for part in zip(*per_token))
     found = {
         "val_dpo_loss": loss.mean(), "val_reward_accuracy": won.mean(), "val_margin": (chosen_rewards - rejected_rewards).mean(),
         "val_chosen_reward": chosen_rewards.mean(), "val_rejected_reward": rejected_rewards.mean(),
         "val_logp_accuracy": losses.wins(chosen, rejected).mean(),
         "baseline_sft_logps": losses.wins(ref_chosen, ref_rejected).mean(),
         "val_chosen_logps": chosen.mean(), "val_rejected_logps": rejected.mean(),
-        "policy_entropy": entropy, "val_full_kl": kl, "regularizer": torch.cat(regularizer).mean(),
+        "policy_entropy": entropy, "val_full_kl": ref_kl, "regularizer": torch.cat(regularizer).mean(),
         "ties": (won == 0.5).float().mean(), **({"val_kl": sampled_kl.sum() / len(answers)} if answers else {}),
         **data.describe_answers(answers)}
     return {key: float(value) for key, value in found.items()}, data.show(model, valid, answers)
@@ -169,16 +171,16 @@ def main(cfg):
     # ---- reference ---------------------------------------------------------------------------------------------------
     second = None if cached or cfg.lora_rank else copy.deepcopy(model).requires_grad_(False)
 
-    def live():
+    def live_look():
         """The reference beside the policy: the policy with its adapters off, a second model, or one for the time being."""
         return reference.live(model if cfg.lora_rank else second or again(cfg, init_sha256, device))
     if cached:
-        with autocast():
+        with autocast():   # for CDPO with the head, a copy where the policy's own trains
             head = model.wte.weight.detach()
             look = reference.Cache(train, {"model": init_sha256, "dtype": str(losses.matmul_dtype(head, head))},
                                    None if cfg.loss == "dpo" else head if cfg.lora_rank else head.clone())
     else:
-        look = live()
+        look = live_look()
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
@@ -211,7 +213,7 @@ def main(cfg):
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
             f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
-    longest = order.longest(steps * cfg.accumulate)
+    longest = order.longest(steps * cfg.accumulate)   # for its memory; where the cache is still empty its loss is NaN, unused
     runs.rehearse((loss for loss, *_ in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
     if cached:   # the policy is the reference still; a variance probe draws from all pairs
         met = range(len(train)) if cfg.variance_every else order.first(steps * cfg.accumulate)
@@ -223,7 +225,7 @@ def main(cfg):
     # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
         if run.evaluation_due():
-            found, samples = evaluate(cfg, model, live(), autocast, valid)
+            found, samples = evaluate(cfg, model, live_look(), autocast, valid)
             if run.at["step"] == 0:
                 check_start(found)
             if run.evaluated("val_dpo_loss", found, samples):
@@ -245,7 +247,8 @@ def main(cfg):
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
         train_loss, train_margin, train_won, norms = 0.0, 0.0, 0.0, []
         for k, (loss, margin, won) in enumerate(micro_losses(batches), 1):
-            (loss * (cfg.accumulate // per_update)).backward()   # PMA and AGMA: each micro-batch is an update of its own
+            # loss is a share of all pairs' mean; where a micro-batch is an update of its own (PMA, AGMA), of its own pairs' mean
+            (loss * (cfg.accumulate // per_update)).backward()
             train_loss, train_margin, train_won = train_loss + loss.item(), train_margin + margin.item(), train_won + won.item()
             if not math.isfinite(train_loss):
                 raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")

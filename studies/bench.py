@@ -35,13 +35,11 @@ import lora
 import losses
 import model as gpt
 import optim
-import plan
 import reference
 import runs
 import train_dpo
-import train_sft
 from files import InputError
-from studies import rivals
+from studies import fits, rivals
 from studies.lab import HERE
 
 
@@ -359,32 +357,30 @@ def against_table(what, found, units):
                       "| --- |" + " --- |" * 5, *lines])
 
 
-def counted(work, kind, rank):
-    """plan.count()'s peak of a step on the first micro-batch, and its tokens."""
-    cfg, tokens = train_dpo.Config(lora_rank=rank, loss="cdpo" if kind == "cdpo" else "dpo"), rivals.tokens_of(work)
-
-    def make(model):
-        return (lambda batch: train_sft.batch_loss(model, batch, 1)) if kind == "sft" else train_dpo.dry_losses(cfg, model, True)
-    batch = data.sft_batch(tokens, work.batches[0], "all") if kind == "sft" else data.pair_batch(tokens, work.batches[0])
-    return plan.count(cfg, gpt.SIZES[work.model], batch, make)["peak"], len(batch.tokens)
-
-
 def planned(names, dataset, rounds, out):
     """What --dry-run counts against what processes take: peak less what was resident before the model, median of `rounds`."""
     rows = []
-    print("| | tokens | counted, GB | measured, GB | counted / measured |\n| --- | --- | --- | --- | --- |")
     for name, kind, rank in itertools.product(names, ("sft", "dpo", "cdpo"), (0, 8)):
         work = rivals.work(dataset, name, "cpu", size=2).shuffled()
         longest = max(work.batches, key=lambda rows: sum(len(part) for i in rows for part in work.pairs[i]))
         work = work._replace(batches=[longest] * 3)
         found = [repetition(Side(rivals.ours, {"kind": kind, "rank": rank}), work) for _ in range(rounds)]
         measured = statistics.median(one["peak_bytes"] - one["resident"] for one in found)
-        peak, tokens = counted(work, kind, rank)
-        rows.append({"model": name, "kind": kind, "rank": rank, "tokens": tokens, "counted": peak, "measured": measured})
-        print(f"| {name}, {kind}, {f'rank {rank}' if rank else 'full'} | {tokens:,} | {peak / 1e9:.2f} | {measured / 1e9:.2f} | "
-              f"{peak / measured:.2f} |", flush=True)
+        found, tokens = fits.peak(gpt.SIZES[name], rivals.tokens_of(work), longest, kind, lora_rank=rank)
+        rows.append({"model": name, "kind": kind, "rank": rank, "tokens": tokens, "counted": found["peak"], "measured": measured})
+        print(f"{name}, {kind}, rank {rank}: {found['peak'] / measured:.2f}", file=sys.stderr, flush=True)
+    print(planned_table(rows))
     if out:
         Path(out).write_text(json.dumps({"what": "plan", "rounds": rounds, "rows": rows}, indent=1) + "\n")
+
+
+def planned_table(rows):
+    lines = ["| | tokens | counted, GB | measured, GB | counted / measured |", "| --- |" + " --- |" * 4]
+    for row in rows:
+        way = f"rank {row['rank']}" if row["rank"] else "full"
+        lines.append(f"| {row['model']}, {row['kind']}, {way} | {row['tokens']:,} | {row['counted'] / 1e9:.2f} | "
+                     f"{row['measured'] / 1e9:.2f} | {row['counted'] / row['measured']:.2f} |")
+    return "\n".join(lines)
 
 
 def spread(values, digits):

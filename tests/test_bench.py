@@ -282,9 +282,32 @@ def test_table_of_sides_by_hand(monkeypatch):
                     "| theirs | 2.50 [2.50, 2.50] pairs/s | 1.40 [0.80, 2.00] | 4.00 | 2.00 |  |"]
 
 
-def test_counted_is_the_plan_of_the_work(work):
-    """Full, sft: parameters, gradients, state and activations bound the peak from both sides."""
-    peak, tokens = bench.counted(work, "sft", 0)
-    assert tokens == sum(len(p) + len(c) - 1 for p, c, _ in work.pairs[:3])
-    assert 4 * 4 * 724_480 < peak - bench.plan.LOADED["cpu"] < 6 * 4 * 724_480 + 20e6
-    assert bench.counted(work, "dpo", 8)[0] < bench.counted(work, "dpo", 0)[0] < bench.counted(work, "cdpo", 0)[0]
+def test_plan_s_table_by_hand():
+    rows = [{"model": "gpt2", "kind": "dpo", "rank": 0, "tokens": 1200, "counted": 1.8e9, "measured": 2e9},
+            {"model": "gpt2", "kind": "sft", "rank": 8, "tokens": 12, "counted": 1.1e9, "measured": 1e9}]
+    assert bench.planned_table(rows).splitlines()[2:] == ["| gpt2, dpo, full | 1,200 | 1.80 | 2.00 | 0.90 |",
+                                                          "| gpt2, sft, rank 8 | 12 | 1.10 | 1.00 | 1.10 |"]
+
+
+def test_planned_counts_the_longest_micro_batch(work, monkeypatch, tmp_path, capsys):
+    """A repetition that took 3 GB of which 1 GB was there before: its measured 2 GB stand beside what is counted for it."""
+    pairs = [([7] * n, [8, 9], [9] * 3) for n in (9, 5, 30, 2)]
+    given = rivals.Work(pairs, [[0, 1], [2, 3]], "mini", "cpu")
+    seen = []
+    monkeypatch.setattr(bench.rivals, "work", lambda *_, **__: given)
+    monkeypatch.setattr(bench, "repetition", lambda side, work: seen.append((side, work)) or {"peak_bytes": 3e9, "resident": 1e9})
+    bench.planned(["mini"], "data", 2, tmp_path / "plan.json")
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert capsys.readouterr().out.strip() == bench.planned_table(found["rows"])
+    assert all(row["measured"] == 2e9 and 0.1e9 < row["counted"] < 0.2e9 for row in found["rows"])
+    assert [row["tokens"] for row in found["rows"]] == [31 + 3] * 2 + [33 + 5] * 4   # less each last token
+    assert [side.options for side, _ in seen[::2]] == [{"kind": k, "rank": r} for k in ("sft", "dpo", "cdpo") for r in (0, 8)]
+    assert all(sorted(each.batches[0]) == [2, 3] and len(each.batches) == 3 for _, each in seen)
+
+
+def test_the_readme_has_the_benchmarks_tables():
+    readme = (HERE / "README.md").read_text()
+    for what in ("dpo", "dpo-lora", "sft", "cdpo"):
+        found = json.loads((HERE / f"results/bench/{what}.json").read_text())
+        assert bench.against_table(what, found["found"], found["units"]) in readme, what
+    assert bench.planned_table(json.loads((HERE / "results/bench/plan.json").read_text())["rows"]) in readme
