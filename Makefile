@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = runs/demo
 
-demo: .venv/ready   ## SFT, reward model, DPO, CDPO and the judging of all on the embedded data: about 4 minutes on 2 cores
+demo: .venv/ready   ## SFT, reward model, DPO, CDPO and the judging of all on the embedded data: about 3 minutes on 2 cores
 	$(BIN)/python train_sft.py --out $(DEMO)-sft --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)-sft --out $(DEMO)-reward --overwrite
 	$(BIN)/python train_dpo.py --init $(DEMO)-sft --out $(DEMO)-dpo --overwrite

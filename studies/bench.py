@@ -366,9 +366,10 @@ def planned(names, dataset, rounds, out):
         work = work._replace(batches=[longest] * 3)
         found = [repetition(Side(rivals.ours, {"kind": kind, "rank": rank}), work) for _ in range(rounds)]
         measured = statistics.median(one["peak_bytes"] - one["resident"] for one in found)
-        found, tokens = fits.peak(gpt.SIZES[name], rivals.tokens_of(work), longest, kind, lora_rank=rank)
-        rows.append({"model": name, "kind": kind, "rank": rank, "tokens": tokens, "counted": found["peak"], "measured": measured})
-        print(f"{name}, {kind}, rank {rank}: {found['peak'] / measured:.2f}", file=sys.stderr, flush=True)
+        counted, tokens = fits.peak(gpt.SIZES[name], rivals.tokens_of(work), longest, kind, lora_rank=rank)
+        rows.append({"model": name, "kind": kind, "rank": rank, "tokens": tokens, "counted": counted["peak"],
+                     "measured": measured})
+        print(f"{name}, {kind}, rank {rank}: {counted['peak'] / measured:.2f}", file=sys.stderr, flush=True)
     print(planned_table(rows))
     if out:
         Path(out).write_text(json.dumps({"what": "plan", "rounds": rounds, "rows": rows}, indent=1) + "\n")
