@@ -2,17 +2,16 @@
 How fast is it? Ratios within one run, since a machine's speed drifts.
 
     python -m studies.bench optim       # one step of each optimizer at 124M parameters, against torch's fused AdamW
-    python -m studies.bench lora        # SFT by LoRA rank, one dialogue a step: time and peak memory, against full fine-tuning
+    python -m studies.bench lora        # SFT by LoRA rank, one dialogue a step, against full fine-tuning
     python -m studies.bench lora-dpo --model gpt2-medium   # DPO with the adapters off as reference, against a second model
     python -m studies.bench dpo         # DPO's steps against trl's trainer; dpo-lora: with LoRA, against trl + peft
     python -m studies.bench sft         # SFT's against trl, transformers, and a padded rectangle with whole logits
-    python -m studies.bench cdpo        # CDPO's against DPO's, and its head against whole logits
+    python -m studies.bench cdpo        # CDPO's against DPO's; cdpo-head: its head alone, against whole logits
     python -m studies.bench plan        # what --dry-run counts against what processes take, gpt2 and gpt2-medium
     python -m studies.bench generate    # tokens a second of 8 prompts: against transformers' generate, and the memory's limit
 """
 import argparse
 import contextlib
-import copy
 import itertools
 import json
 import multiprocessing
@@ -26,18 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import data
 import eval_reward
-import lora
-import losses
 import model as gpt
 import optim
-import reference
 import runs
-import train_dpo
 from files import InputError
 from studies import fits, rivals
 from studies.lab import HERE
@@ -137,135 +131,7 @@ def generation_table(found):
     return "\n".join(lines + [f"| {key} | {middle(values, 2)} |" for key, values in found["ratio"].items()])
 
 # ----------------------------------------------------------------------------------------------------------------------
-# in processes of their own, which take turns: each has its own peak memory, and the machine's drift hits all alike
-
-def worker(connection, make, arguments):
-    """One step for every True that arrives, its seconds back; at last the bytes at the peak, and what else make() tells."""
-    with contextlib.suppress(torch.OutOfMemoryError, KeyboardInterrupt):   # the first take_turns hears of, as of a killed one
-        step, facts = make(*arguments)
-        while connection.recv():
-            began = time.perf_counter()
-            step()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            connection.send(time.perf_counter() - began)
-        connection.send({**facts, "peak_bytes": runs.peak_memory()})
-
-
-def ask(connection, more):
-    try:
-        connection.send(more)
-        return connection.recv()
-    except (EOFError, OSError):
-        raise InputError("a process of the benchmark ended early. Unless it says above why, it needed more memory than there is: "
-                         "try fewer --tokens or a smaller --model") from None
-
-
-def take_turns(jobs, rounds):
-    """jobs: a list of (make, arguments), make(*arguments) -> (a function that does a step, facts). Returns for each its facts,
-    peak_bytes of its process, and seconds of `rounds` steps after one that warms up."""
-    spawn, workers = multiprocessing.get_context("spawn"), []
-    for make, arguments in jobs:
-        here, there = spawn.Pipe()
-        process = spawn.Process(target=worker, args=(there, make, arguments), daemon=True)
-        process.start()
-        there.close()   # so that the death of the process is seen here
-        workers.append((process, here))
-    try:
-        seconds = [[ask(connection, True) for _, connection in workers] for _ in range(rounds + 1)][1:]
-        return [{**ask(connection, False), "seconds": list(took)} for (_, connection), took in zip(workers, zip(*seconds))]
-    finally:   # one that waits for its next turn says nothing more
-        for process, _ in workers:
-            process.terminate()
-            process.join()
-
-
-def adapted(name, rank, bias, device):
-    """A random model of this size on the device, with adapters where the rank is above 0, its AdamW, and autocast."""
-    device, autocast = runs.setup(runs.Config(device=device))
-    model = gpt.GPT(gpt.SIZES[name]).to(device)
-    if rank:
-        lora.add_lora(model, rank, bias=bias, base_sha256="random")
-    return model, optim.make("adamw", model, 1e-5, None, 0.1), autocast
-
-
-def stepping(model, optimizer, loss):
-    """(A function that does what a step of the scripts does, the facts.) loss() -> the loss of a micro-batch."""
-    def step():
-        loss().backward()
-        optim.clip(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step, optim.footprint("adamw", model)
-
-
-def sft_step(name, rank, bias, tokens, device):
-    """SFT on one sequence, every token counts."""
-    model, optimizer, autocast = adapted(name, rank, bias, device)
-    ids = np.random.default_rng(1).integers(model.config.vocab_size, size=tokens + 1)
-    batch = data.collate([(ids[:1], ids[1:])]).to(model.wte.weight.device)
-
-    def loss():
-        with autocast():
-            return losses.sft_loss(*batch.hidden_and_head(model), batch.targets, tokens)
-    return stepping(model, optimizer, loss)
-
-
-def dpo_step(name, rank, bias, tokens, device):
-    """DPO on one pair, each dialogue of this many tokens, three quarters of them prompt. Rank 0: a second model as reference."""
-    model, optimizer, autocast = adapted(name, rank, bias, device)
-    look = reference.live(model if rank else copy.deepcopy(model).requires_grad_(False))
-    rng, cut = np.random.default_rng(1), tokens * 3 // 4
-    prompt, *responses = (rng.integers(model.config.vocab_size, size=n) for n in (cut, tokens - cut, tokens - cut))
-    batch = data.collate([(prompt, *responses)]).to(model.wte.weight.device)
-
-    def loss():
-        with autocast():
-            return train_dpo.pair_losses(train_dpo.Config(), model.eval(), look, batch)[0].sum()
-    return stepping(model, optimizer, loss)
-
-
-def against_full(step, cases, name, tokens, device, rounds):
-    """Rows of a table: full fine-tuning, and every (rank, bias) of `cases` taking turns with a full one of its own."""
-    rows = []
-    for rank, bias in cases:
-        full, found = take_turns([(step, (name, 0, "all", tokens, device)), (step, (name, rank, bias, tokens, device))], rounds)
-        for row, r, b in ([] if rows else [(full, 0, "all")]) + [(found, rank, bias)]:
-            ratios = [a / b for a, b in zip(full["seconds"], row["seconds"])]
-            rows.append({"rank": r, "bias": b, "trainable": row["trainable"], "share": row["trainable"] / row["parameters"],
-                         "seconds": statistics.median(row["seconds"]), "speed": statistics.median(ratios),
-                         "speed_range": [min(ratios), max(ratios)], "peak_bytes": row["peak_bytes"],
-                         "peak_share": row["peak_bytes"] / full["peak_bytes"]})
-    return rows
-
-
-def table(rows):
-    lines = ["| | trainable | per cent | seconds a step | steps a second, full = 1: median [range] | peak memory, GB "
-             "| of full's |", "| --- |" + " --- |" * 6]
-    for row in rows:
-        label = f"rank {row['rank']}, bias {row['bias']}" if row["rank"] else "full"
-        lines.append(f"| {label} | {row['trainable']:,} | {100 * row['share']:.3f} | {row['seconds']:.3f} | {row['speed']:.2f} "
-                     f"[{row['speed_range'][0]:.2f}, {row['speed_range'][1]:.2f}] | {row['peak_bytes'] / 1e9:.2f} | "
-                     f"{row['peak_share']:.2f} |")
-    return "\n".join(lines)
-
-
-def adapters_against_full(what, name, device, out, tokens, rounds):
-    where = torch.cuda.get_device_name() if runs.setup(runs.Config(device=device))[0].type == "cuda" else "CPU"
-    print(f"{where}, {name}, {tokens} tokens a dialogue, AdamW, {rounds} rounds. Every row's ratios are to a "
-          "full run of its own; the first of these is shown.\n")
-    rows = against_full(*CASES[what], name, tokens, device, rounds)
-    print(table(rows))
-    if out:
-        found = {"what": what, "model": name, "machine": where, "tokens": tokens, "rows": rows}
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
-
-
-CASES = {"lora": (sft_step, [(1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all")]),
-         "lora-dpo": (dpo_step, [(8, "none")])}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# against others: every repetition of a side in a process of its own
+# sides in turns, every repetition in a process of its own: each has its own peak memory, and the machine's drift hits all alike
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}   # glibc keeps what it once had: no page faults
 
@@ -288,10 +154,17 @@ SIDES = {
     "sft": {"ours": Side(rivals.ours, {"kind": "sft"}), "trl as it comes": Side(rivals.trl_sft, {"best": False}),
             "trl at its best": Side(rivals.trl_sft, {"best": True}, True), "transformers": Side(rivals.transformers_sft),
             "rectangle": Side(rivals.rectangle_sft), "rectangle, similar lengths": Side(rivals.rectangle_sft, alike=True)},
-    "cdpo": {"ours, CDPO": Side(rivals.ours, {"kind": "cdpo"}), "ours, DPO": Side(rivals.ours, {"kind": "dpo"}),
-             "CDPO's head, ours": Side(rivals.cdpo_head, {"full": False}),
-             "CDPO's head, whole logits": Side(rivals.cdpo_head, {"full": True})},
+    "cdpo": {"ours, CDPO": Side(rivals.ours, {"kind": "cdpo"}), "ours, DPO": Side(rivals.ours, {"kind": "dpo"})},
+    "cdpo-head": {"ours": Side(rivals.cdpo_head, {"full": False}), "whole logits": Side(rivals.cdpo_head, {"full": True})},
+    "lora": {"full": Side(rivals.ours, {"kind": "sft"}),
+             **{f"rank {rank}, bias {bias}": Side(rivals.ours, {"kind": "sft", "rank": rank, "bias": bias}) for rank, bias in (
+                 (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))}},
+    "lora-dpo": {"full": Side(rivals.ours, {"kind": "dpo", "cached": False}),
+                 "rank 8, bias none": Side(rivals.ours, {"kind": "dpo", "rank": 8, "cached": False})},
 }
+
+
+LORA = ("lora", "lora-dpo")   # on one random pair; the others on those of a data set
 
 
 def alone(connection, side, work):
@@ -323,7 +196,7 @@ def repetition(side, work):
         return here.recv()
     except EOFError:
         raise InputError(f"a process of the benchmark ({side.make.__name__}) ended early. Unless it says above why, it needed "
-                         "more memory than there is") from None
+                         "more memory than there is: try a smaller --model or fewer --tokens") from None
     finally:
         process.terminate()
         process.join()
@@ -342,17 +215,14 @@ def against(what, work, rounds):
 
 def against_table(what, found, units):
     """units: what a repetition's steps process, (how many, of what)."""
-    (first, mine), lines = next(iter(found.items())), []
-    for name, each in found.items():
-        amount, unit = (1, "heads") if "head" in name else units
-        took = [sum(one["seconds"]) / (len(one["seconds"]) if "head" in name else 1) for one in each]
-        against = found["CDPO's head, ours"] if "head" in name else mine
-        ratios = [sum(other["seconds"]) / sum(own["seconds"]) for own, other in zip(against, each)]
+    (first, mine), (amount, unit), lines = next(iter(found.items())), units, []
+    peak, *peaks = (statistics.median(one["peak_bytes"] - one.get("given_bytes", 0) for one in each)
+                    for each in (mine, *found.values()))
+    for (name, each), own_peak in zip(found.items(), peaks):
+        ratios = [sum(other["seconds"]) / sum(own["seconds"]) for own, other in zip(mine, each)]
         mfu = [one["flops"] / sum(one["seconds"]) / one["rate"] for one in each if one.get("flops") and one.get("rate")]
-        peak, own_peak = (statistics.median(one["peak_bytes"] - (one["resident"] if "head" in name else 0) for one in side)
-                          for side in (each, against))
-        lines.append(f"| {name} | {spread([amount / t for t in took], 2)} {unit}/s | {spread(ratios, 2)} | {peak / 1e9:.2f} | "
-                     f"{peak / own_peak:.2f} | {spread(mfu, 2) if mfu else ''} |")
+        lines.append(f"| {name} | {spread([amount / sum(one['seconds']) for one in each], 2)} {unit}/s | {spread(ratios, 2)} | "
+                     f"{own_peak / 1e9:.2f} | {own_peak / peak:.2f} | {spread(mfu, 2) if mfu else ''} |")
     return "\n".join([f"| {what} | median [range] | times as long as {first} | peak, GB | times as large | MFU |",
                       "| --- |" + " --- |" * 5, *lines])
 
@@ -388,15 +258,16 @@ def spread(values, digits):
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def compare(what, name, dataset, device, rounds, out):
-    work = rivals.work(dataset, name, device)
+def compare(what, name, dataset, device, tokens, rounds, out):
+    work = rivals.long_pair(name, device, tokens) if what in LORA else rivals.work(dataset, name, device)
     pairs = [work.pairs[i] for rows in work.batches[1:] for i in rows]
-    rows = sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    units = (sum(len(p) + len(c) - 1 for p, c, _ in pairs), "tokens") if what == "sft" else (len(pairs), "pairs")
+    chosen = sum(len(p) + len(c) - 1 for p, c, _ in pairs)   # a dialogue's last token is not read
+    units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "cdpo-head": (rivals.HEADS, "heads"),
+             "lora-dpo": (chosen + sum(len(r) - 1 for _, _, r in pairs), "tokens")}.get(what, (len(pairs), "pairs"))
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    once = sum(len(part) for pair in pairs for part in pair)
+    once, twice = sum(len(part) for pair in pairs for part in pair), sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
     print(f"{where}, {torch.get_num_threads()} threads, {name}, fp32: {len(pairs)} pairs, {len(work.batches[0])} a micro-batch,\n"
-          f"{rows / len(pairs):.0f} tokens a pair with the prompt twice, {rows / once:.2f} times as many as with it once; "
+          f"{twice / len(pairs):.0f} tokens a pair with the prompt twice, {twice / once:.2f} times as many as with it once; "
           f"{rounds} rounds\n", flush=True)
     found = against(what, work, rounds)
     print(against_table(what, found, units))
@@ -407,20 +278,20 @@ def compare(what, name, dataset, device, rounds, out):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["optim", "generate", "plan", *CASES, *SIDES])
+    parser.add_argument("what", choices=["optim", "generate", "plan", *SIDES])
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
     options = parser.add_argument_group("of all but optim")
     options.add_argument("--device", default="auto")
-    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft, cdpo, plan: as for a script")
+    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of all but lora, lora-dpo, generate: as for a script")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--out", help="JSON file for the rows; studies.ranks draws those of lora, results/ranks/cost-*.json")
+    options.add_argument("--out", help="JSON file for what was found; studies.ranks draws results/ranks/cost-*.json")
     cfg = parser.parse_args(argv)
     if cfg.what == "optim":
         optim_steps(cfg.model)
         return
     context = gpt.SIZES[cfg.model].block_size
-    if cfg.what in CASES and not 4 <= cfg.tokens <= context:   # three of four are prompt
+    if cfg.what in LORA and not 4 <= cfg.tokens <= context:   # three of four are prompt
         raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
     if cfg.rounds < 1:
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
@@ -435,11 +306,8 @@ def main(argv=None):
     if cfg.what == "plan":
         planned(["gpt2", "gpt2-medium"] if cfg.model == "gpt2" else [cfg.model], cfg.data, cfg.rounds, cfg.out)
         return
-    if cfg.what in SIDES:
-        device = runs.setup(runs.Config(device=cfg.device))[0].type
-        compare(cfg.what, cfg.model, cfg.data, device, cfg.rounds, cfg.out)
-        return
-    adapters_against_full(cfg.what, cfg.model, cfg.device, cfg.out, cfg.tokens, cfg.rounds)
+    device = runs.setup(runs.Config(device=cfg.device))[0].type
+    compare(cfg.what, cfg.model, cfg.data, device, cfg.tokens, cfg.rounds, cfg.out)
 
 
 if __name__ == "__main__":

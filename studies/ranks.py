@@ -292,14 +292,18 @@ def cost(costs, path):
     figure, axes = plots.canvas(3)
     width = 0.76 / len(costs)
     for i, found in enumerate(costs):
-        rows = [row for row in found["rows"] if row["bias"] == "none" or not row["rank"]]
-        places = [place + width * i for place in range(len(rows))]
-        for axis, key, scale in zip(axes, ("peak_bytes", "share", "speed"), (1e-9, 100, 1)):
-            axis.bar(places, [row[key] * scale for row in rows], width=0.95 * width, zorder=2,
-                     label=f"{found['model']}, {found['machine']}")
-            axis.set_xticks([place + width * (len(costs) - 1) / 2 for place in range(len(rows))],
-                            [f"r = {row['rank']}" if row["rank"] else "full" for row in rows], fontsize=8)
-        axes[2].vlines(places, *zip(*(row["speed_range"] for row in rows)), color="#222222", linewidth=1, zorder=3)
+        full, sides = found["found"]["full"], {name: side for name, side in found["found"].items() if "bias" not in name or
+                                               name.endswith("none")}
+        places = [place + width * i for place in range(len(sides))]
+        speeds = [[sum(a["seconds"]) / sum(b["seconds"]) for a, b in zip(full, side)] for side in sides.values()]
+        heights = ([statistics.median(one["peak_bytes"] for one in side) / 1e9 for side in sides.values()],
+                   [100 * side[0]["trainable"] / side[0]["parameters"] for side in sides.values()],
+                   [statistics.median(ratios) for ratios in speeds])
+        for axis, values in zip(axes, heights):
+            axis.bar(places, values, width=0.95 * width, zorder=2, label=f"{found['model']}, {found['machine']}")
+            axis.set_xticks([place + width * (len(costs) - 1) / 2 for place in range(len(sides))],
+                            [name.removesuffix(", bias none") for name in sides], fontsize=8)
+        axes[2].vlines(places, *zip(*((min(ratios), max(ratios)) for ratios in speeds)), color="#222222", linewidth=1, zorder=3)
     texts = ("peak memory, GB", "per cent that trains (log axis)", "steps a second, full = 1: median, range of rounds")
     for axis, text in zip(axes, texts):
         plots.finish(axis, "", text, legend=axis is axes[0])

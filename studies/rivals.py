@@ -6,6 +6,7 @@ up, and returns the seconds of the others; facts go into the table. Sides share 
 gradient clipping. Others get their token ids as they want them, so that no side tokenizes.
 """
 import contextlib
+import copy
 import os
 import tempfile
 import time
@@ -60,6 +61,13 @@ def work(name, model, device, size=4, steps=4, longest=512):
     return Work(picked, [list(range(i, i + size)) for i in range(0, len(picked), size)], model, device)
 
 
+def long_pair(name, device, tokens, steps=2):
+    """One random pair, three quarters of it prompt, as every micro-batch: the model reads `tokens` of either dialogue."""
+    rng, cut = np.random.default_rng(1), tokens * 3 // 4
+    pair = [rng.integers(gpt.SIZES[name].vocab_size, size=n).tolist() for n in (cut, *2 * [tokens - cut + 1])]
+    return Work([pair], [[0]] * (steps + 1), name, device)
+
+
 def rate():
     """FLOPs a second of FORMULAS.md section 10's product, best of 20."""
     x, w, took = torch.randn(1370, 768), torch.randn(3072, 768), []
@@ -84,10 +92,10 @@ def timed(device, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # ours: what a step of the training scripts does
 
-def ours(work, kind, rank=0):
-    """dpo and cdpo with the reference cached, as train_dpo.py has it by default (with LoRA by --reference cache)."""
+def ours(work, kind, rank=0, bias="none", cached=True):
+    """dpo and cdpo with the reference cached, as train_dpo.py has it by default for full fine-tuning; else it runs beside."""
     before = resident()
-    device, model, step = ready(work, rank)
+    device, model, step = ready(work, rank, bias)
     tokens, cfg = tokens_of(work), train_dpo.Config(beta=0.1, loss="cdpo" if kind == "cdpo" else "dpo")
     if kind == "sft":
         batches = [data.sft_batch(tokens, rows, "all").to(device) for rows in work.batches]
@@ -95,24 +103,29 @@ def ours(work, kind, rank=0):
         def loss(batch):
             return train_sft.batch_loss(model, batch, len(batch.targets))
     else:
-        batches, head = [data.pair_batch(tokens, rows).to(device) for rows in work.batches], model.eval().wte.weight.detach()
-        os.environ["HF_HOME"] = tempfile.mkdtemp()
-        look = reference.Cache(tokens, {"model": "random", "dtype": "torch.float32"},
-                               None if kind == "dpo" else head if rank else head.clone())
-        look.fill(range(len(tokens)), 16, reference.live(model), device, lambda text: None)
+        batches, look = [data.pair_batch(tokens, rows).to(device) for rows in work.batches], reference.live(model.eval())
+        if cached:
+            live, head = look, model.wte.weight.detach()
+            os.environ["HF_HOME"] = tempfile.mkdtemp()
+            look = reference.Cache(tokens, {"model": "random", "dtype": "torch.float32"},
+                                   None if kind == "dpo" else head if rank else head.clone())
+            look.fill(range(len(tokens)), 16, live, device, lambda text: None)
+        elif not rank:
+            look = reference.live(copy.deepcopy(model).requires_grad_(False))
 
         def loss(batch):
             return train_dpo.pair_losses(cfg, model, look, batch)[0].mean()
     needed = [gpt.flops(model.config, *b.size, backward=True, rank=rank) for b in batches]
-    return (lambda: timed(device, [lambda b=b: step(loss(b)) for b in batches])), {"flops": sum(needed[1:]), "resident": before}
+    return (lambda: timed(device, [lambda b=b: step(loss(b)) for b in batches])), {
+        "flops": sum(needed[1:]), "resident": before, **optim.footprint("adamw", model)}
 
 
-def ready(work, rank=0):
+def ready(work, rank=0, bias="none"):
     """The device, a random model with its adapters there, and what the scripts do with a loss."""
     device, _ = runs.setup(runs.Config(device=work.device, dtype="float32"))
     model = gpt.GPT(gpt.SIZES[work.model]).to(device)
     if rank:
-        lora.add_lora(model, rank, base_sha256="random")
+        lora.add_lora(model, rank, bias=bias, base_sha256="random")
     optimizer = optim.make("adamw", model, 1e-5, None, 0.1)
 
     def step(loss):
@@ -236,7 +249,10 @@ def trl_sft(work, best):
 # ----------------------------------------------------------------------------------------------------------------------
 # CDPO's head alone
 
-def cdpo_head(work, full, rows=376, repeats=5):
+HEADS = 5   # how often it is timed
+
+
+def cdpo_head(work, full, rows=376, repeats=HEADS):
     """Loss and gradient from hidden states on: ours, or by autograd through whole logits at the response positions. Memory is
     what comes on top of the inputs and of the matrix's gradient, which both sides need."""
     device, _ = runs.setup(runs.Config(device=work.device, dtype="float32"))
@@ -261,8 +277,8 @@ def cdpo_head(work, full, rows=376, repeats=5):
         given[0].grad = given[1].grad = None
     step(inputs(2 * pairs, 16, 8))   # what torch loads only now
     given = inputs(rows, c.vocab_size, c.n_embd)
-    before = resident() + given[1].nbytes
-    return (lambda: timed(device, [lambda: step(given)] * (repeats + 1))), {"resident": before}
+    held = resident() + given[1].nbytes
+    return (lambda: timed(device, [lambda: step(given)] * (repeats + 1))), {"given_bytes": held}
 
 
 def resident():

@@ -130,9 +130,9 @@ def test_report_by_hand(lab, monkeypatch, capsys):
         return {"loss": (loss if name.startswith("full") else 2 * loss) - 0.1 * ("-all" in name), "accuracy": 0.75, "right": 0.5}
     monkeypatch.setattr(study, "judge", judge)
     study.work(lab)
-    rows = [{"rank": rank, "bias": "none", "share": 1.0, "peak_bytes": 1e9, "speed": 1.5,
-             "speed_range": [1.4, 1.6]} for rank in (0, 1)]
-    sft = {"what": "lora", "model": "gpt2", "machine": "abacus", "rows": rows}
+    sides = {name: [{"trainable": 1, "parameters": 2, "seconds": [2.0], "peak_bytes": 1e9}] * 2 for name in (
+        "full", "rank 1, bias none", "rank 1, bias all")}
+    sft = {"what": "lora", "model": "gpt2", "machine": "abacus", "found": sides}
     for found in (sft, {"what": "lora-dpo"}):   # the second is not drawn
         (lab.file.parent / f"cost-{found['what']}.json").write_text(json.dumps(found))
     capsys.readouterr()
