@@ -1,0 +1,37 @@
+"""
+studies/operators.py: shares by hand, and that a profiled step's operators are known.
+
+    python -m pytest -q tests/test_operators.py
+"""
+import json
+
+import pytest
+
+from studies import operators, rivals
+from studies.lab import HERE
+
+
+def test_shares_and_table_by_hand():
+    """Times 5, 2, 2, 1: an operator counts once, and what no group knows for the last one."""
+    found = operators.shares({"aten::addmm": 5, "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 2, "aten::mm": 2,
+                              "aten::copy_": 1})
+    assert found == {**dict.fromkeys(operators.GROUPS, 0), "matrix products": 0.7, "attention": 0.2, "all else": 0.1}
+    text = operators.table({"dpo": found})
+    assert text.splitlines()[2] == "| DPO | 70.0 | 20.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 10.0 |"
+
+
+@pytest.mark.parametrize("kind", operators.KINDS)
+def test_every_group_has_its_part_of_a_step(kind):
+    """Of each kind of step: no group is empty, so none of its names has gone stale, and the shares are of the whole."""
+    found = operators.profiled(rivals.work("minihh", "mini", "cpu", size=3, steps=2, longest=40), kind)
+    assert min(found.values()) > 0 and sum(found.values()) == pytest.approx(1)
+
+
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(operators, "KINDS", ("dpo",))
+    operators.main(["--model", "mini", "--data", "minihh", "--out", str(tmp_path / "found.json")])
+    assert capsys.readouterr().out.strip() == operators.table(json.loads((tmp_path / "found.json").read_text()))
+
+
+def test_the_readme_has_the_measured_table():
+    assert operators.table(json.loads((HERE / "results/bench/operators.json").read_text())) in (HERE / "README.md").read_text()
