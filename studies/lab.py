@@ -138,7 +138,7 @@ class Lab:
         config, events = plots.read(folder)
         return {"flags": {key: config["flags"][key] for key in self.flags}, "commit": config["commit"],
                 "events": [{key: short(e[key]) for key in self.keys if key in e} for e in events
-                           if "val_logp_accuracy" in e or "probe_loss" in e]}
+                           if "probe_loss" in e or any(key.startswith("val_") for key in e)]}
 
     def keep(self, name, run):
         with self.lock:
