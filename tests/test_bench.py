@@ -5,10 +5,11 @@ studies/bench.py: what is timed is what it says, and the table adds up. No time 
 """
 import itertools
 import json
-import multiprocessing
 import re
+import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,74 +49,21 @@ def test_every_optimizer_steps_every_round(monkeypatch):
     assert all(sorted(names) == ["adamw", "adamw-pma", "agma", "lion", "lion-pma"] for names in rounds) and len(set(rounds)) > 1
 
 
-# ---- LoRA
-
-@pytest.mark.parametrize("make", [bench.sft_step, bench.dpo_step])
-@pytest.mark.parametrize("rank, bias, trains", [(0, "all", 724_480), (2, "none", 2 * 2 * 16 * 128),
-                                                (2, "lora_only", 2 * 2 * 16 * 128 + 2 * 9 * 128)])
-def test_a_timed_step_moves_what_trains(monkeypatch, make, rank, bias, trains):
-    made, real = [], bench.adapted
-    monkeypatch.setattr(bench, "adapted", lambda *arguments: made.append(real(*arguments)) or made[0])
-    step, facts = make("mini", rank, bias, 24, "cpu")
-    model = made[0][0]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step()
-    assert facts["trainable"] == trains
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_workers_take_turns_in_processes_of_their_own():
-    """Two real processes: their steps alternate, so each has as many seconds as rounds; a process of Python and torch takes more
-    than 50 MB."""
-    found = bench.take_turns([(bench.sft_step, ("mini", 0, "all", 8, "cpu")), (bench.sft_step, ("mini", 1, "none", 8, "cpu"))], 2)
-    assert [len(row["seconds"]) for row in found] == [2, 2] and all(s > 0 for row in found for s in row["seconds"])
-    assert found[1]["trainable"] == 4096 and all(row["peak_bytes"] > 5e7 for row in found)
-
-
-def counted():
-    facts = {"steps": 0}
-
-    def step():
-        facts["steps"] += 1
-    return step, facts
-
-
-def test_a_step_that_warms_up_is_not_timed():
-    found = bench.take_turns([(counted, ()), (counted, ())], 3)
-    assert [(row["steps"], len(row["seconds"])) for row in found] == [(4, 3), (4, 3)]
-
-
-def test_lora_table_by_hand_of_what_took_turns(monkeypatch, tmp_path, capsys):
-    """Full takes 4, 6, 8 s and 10 GB; adapters half of that in the first round and as long in the others, and 4 GB."""
-    asked = []
-
-    def take_turns(jobs, rounds):
-        asked.append((jobs, rounds))
-        size = {"parameters": 1000, "optimizer_bytes": 0}
-        return [{**size, "trainable": 1000, "seconds": [4, 6, 8], "peak_bytes": 10 * 10 ** 9},
-                {**size, "trainable": 25, "seconds": [2, 6, 8], "peak_bytes": 4 * 10 ** 9}]
-    monkeypatch.setattr(bench, "take_turns", take_turns)
-    bench.adapters_against_full("lora", "gpt2", "cpu", tmp_path / "cost.json", 64, 3)
-    printed = capsys.readouterr().out
-    assert printed.count("| full | 1,000 | 100.000 | 6.000 | 1.00 [1.00, 1.00] | 10.00 | 1.00 |") == 1
-    assert printed.count("| rank 8, bias none | 25 | 2.500 | 6.000 | 1.00 [1.00, 2.00] | 4.00 | 0.40 |") == 1
-    assert [jobs[1] for jobs, _ in asked] == [(bench.sft_step, ("gpt2", rank, bias, 64, "cpu")) for rank, bias in (
-        (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))]
-    assert all(jobs[0] == (bench.sft_step, ("gpt2", 0, "all", 64, "cpu")) and rounds == 3 for jobs, rounds in asked)
-    found = json.loads((tmp_path / "cost.json").read_text())
-    assert [row["rank"] for row in found["rows"]] == [0, 1, 2, 8, 16, 8, 8] and found["rows"][3]["peak_share"] == 0.4
-
-
 def test_the_readme_has_the_measured_tables():
     readme = (HERE / "README.md").read_text()
-    for name in ("cost-gpt2", "cost-dpo-gpt2-medium"):
-        assert bench.table(json.loads((HERE / f"results/ranks/{name}.json").read_text())["rows"]) in readme, name
-    assert bench.generation_table(json.loads((HERE / "results/generate.json").read_text())) in readme
-    rows = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["rows"]
-    shares = " | ".join(f"{row['peak_bytes'] / 1e9:.2f} ({row['peak_share']:.2f})" for row in rows if row["bias"] == "none")
-    assert f"| {shares} |\n| 002_..., table 2 |" in readme
+    files = {"generate": "results/generate.json", "plan": "results/bench/plan.json", "lora": "results/ranks/cost-gpt2.json",
+             "lora-dpo": "results/ranks/cost-dpo-gpt2-medium.json",
+             **{what: f"results/bench/{what}.json" for what in ("dpo", "dpo-lora", "sft", "cdpo", "cdpo-head")}}
+    for what, path in files.items():
+        found = json.loads((HERE / path).read_text())
+        text = (bench.generation_table(found) if what == "generate" else bench.planned_table(found["rows"]) if what == "plan" else
+                bench.against_table(what, found["found"], found["units"]))
+        assert text in readme, what
+    found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
+    peaks = [statistics.median(one["peak_bytes"] for one in found[name]) for name in (
+        "full", *(f"rank {rank}, bias none" for rank in (1, 2, 8, 16)))]
+    cells = " | ".join([f"{peaks[0] / 1e9:.2f}", *(f"{peak / 1e9:.2f} ({peak / peaks[0]:.2f})" for peak in peaks[1:])])
+    assert f"| {cells} |\n| 002_..., table 2 |" in readme
 
 
 # ---- generation
@@ -150,10 +98,6 @@ def test_every_table_of_the_readme_has_as_many_cells_as_its_header():
 
 # ---- bad input
 
-def dies(*_):
-    raise torch.OutOfMemoryError
-
-
 @pytest.mark.parametrize("flags, named", [
     (["lora", "--rounds", "0"], "--rounds: expected at least 1, found 0"),
     (["lora", "--tokens", "1025"], "--tokens: expected 4 to 1024, the context of gpt2, found 1025"),
@@ -163,7 +107,7 @@ def dies(*_):
     (["lora", "--out", "."], "--out: expected a file's name in a folder that exists, found ."),
 ])
 def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
-    monkeypatch.setattr(bench, "take_turns", None)
+    monkeypatch.setattr(bench, "against", None)
     with pytest.raises(InputError, match=f"^{re.escape(named)}") as e:
         bench.main(flags)
     assert "\n" not in str(e.value)
@@ -173,13 +117,6 @@ def test_generate_says_what_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match="generate is measured against transformers: pip install"):
         bench.main(["generate", "--model", "mini"])
-
-
-def test_a_process_that_runs_out_of_memory_is_one_line(capfd):
-    """The other one, which waits for its second turn, ends without a word."""
-    with pytest.raises(InputError, match="ended early. Unless it says above why, it needed more memory than there is: try fewer"):
-        bench.take_turns([(bench.sft_step, ("mini", 0, "all", 8, "cpu")), (dies, ())], 1)
-    assert not multiprocessing.active_children() and capfd.readouterr().err == ""
 
 # ---- against others
 
@@ -203,17 +140,64 @@ def test_the_work_is_pairs_at_even_quantiles_of_the_length(work):
         rivals.work("minihh", "mini", "cpu", longest=5)
 
 
-@pytest.mark.parametrize("kind, rank", [("sft", 0), ("dpo", 0), ("cdpo", 0), ("dpo", 2)])
-def test_our_side_does_a_step_for_every_micro_batch(work, monkeypatch, kind, rank):
-    """As many seconds as micro-batches but the first; the FLOPs are those of the timed ones; every one moved the weights."""
-    stepped, real = [], rivals.optim.clip
-    monkeypatch.setattr(rivals.optim, "clip", lambda model, norm: stepped.append(norm) or real(model, norm))
+@pytest.mark.parametrize("kind, rank, bias, cached, trains", [
+    ("sft", 0, "all", True, 724_480), ("dpo", 0, "all", True, 724_480), ("cdpo", 0, "all", True, 724_480),
+    ("dpo", 2, "none", True, 2 * 2 * 16 * 128), ("dpo", 0, "all", False, 724_480), ("dpo", 2, "none", False, 2 * 2 * 16 * 128),
+    ("sft", 2, "lora_only", True, 2 * 2 * 16 * 128 + 2 * 9 * 128)])
+def test_our_side_does_a_step_for_every_micro_batch(work, monkeypatch, kind, rank, bias, cached, trains):
+    """As many seconds as micro-batches but the first; the FLOPs are those of the timed ones; each moves all that trains, and
+    leaves no gradient."""
+    stepped, moved, real, made = [], [], rivals.optim.clip, rivals.optim.make
+    monkeypatch.setattr(rivals.optim, "clip", lambda model, norm: stepped.append((model, norm)) or real(model, norm))
+
+    def make(name, model, *arguments):
+        optimizer, before = made(name, model, *arguments), {}
+        optimizer.register_step_pre_hook(lambda *_: before.update(
+            {key: p.detach().clone() for key, p in model.named_parameters()}))
+        optimizer.register_step_post_hook(lambda *_: moved.append(
+            {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}))
+        return optimizer
+    monkeypatch.setattr(rivals.optim, "make", make)
     monkeypatch.setenv("HF_HOME", "somewhere")   # put back behind the test: the side takes a folder of its own
-    run, facts = rivals.ours(work, kind, rank)
-    assert len(run()) == 2 and stepped == [1.0, 1.0, 1.0]
+    run, facts = rivals.ours(work, kind, rank, bias, cached)
+    assert len(run()) == 2 and [norm for _, norm in stepped] == [1.0, 1.0, 1.0] and facts["trainable"] == trains
+    model = stepped[0][0]
+    assert moved == [{key for key, p in model.named_parameters() if p.requires_grad}] * 3
+    assert all(p.grad is None for p in model.parameters())
     parts, loss_on = (2, "all") if kind == "sft" else (3, "response")
     batches = [data.collate([work.pairs[i][:parts] for i in rows], loss_on) for rows in work.batches[1:]]
     assert facts["flops"] == sum(gpt.flops(gpt.SIZES["mini"], *b.size, backward=True, rank=rank) for b in batches)
+
+
+@pytest.mark.parametrize("kind, rank, cached", [("cdpo", 0, True), ("dpo", 0, False), ("dpo", 2, False)])
+def test_the_reference_stays_where_the_policy_moves(work, monkeypatch, kind, rank, cached):
+    """What it says of one micro-batch, and its head for CDPO, are the same at the first and at the last step."""
+    seen, real, first = [], rivals.train_dpo.pair_losses, []
+
+    def pair_losses(cfg, model, look, batch):
+        first.append(batch)
+        with torch.no_grad():
+            logps, _, head = look(first[0])
+        seen.append((logps.clone(), head if kind == "cdpo" else logps, model))
+        return real(cfg, model, look, batch)
+    monkeypatch.setattr(rivals.train_dpo, "pair_losses", pair_losses)
+    monkeypatch.setenv("HF_HOME", "somewhere")
+    rivals.ours(work, kind, rank, cached=cached)[0]()
+    (before, head, model), *_, (after, last, _) = seen
+    assert len(seen) == 3 and torch.equal(before, after)
+    assert kind == "dpo" or torch.equal(head, last) and head.data_ptr() != model.wte.weight.data_ptr()
+
+
+def test_the_machines_rate_by_hand(monkeypatch):
+    """A product of (1370, 768) by (768, 3072) in one second; a repetition's rate is the mean of those before and after."""
+    now = iter(range(1000))
+    monkeypatch.setattr(rivals.time, "perf_counter", lambda: next(now))
+    assert rivals.rate() == 2 * 1370 * 768 * 3072
+    sent = []
+    monkeypatch.setattr(rivals, "rate", iter((2.0, 4.0)).__next__)
+    side = bench.Side(lambda work: (lambda: [1.0], {}))
+    bench.alone(SimpleNamespace(send=sent.append), side, rivals.Work([], [], "mini", "cpu"))
+    assert sent[0]["rate"] == 3.0
 
 
 def test_both_ways_of_sft_start_with_the_same_loss(work, monkeypatch):
@@ -235,9 +219,10 @@ def test_both_ways_of_cdpos_head_give_the_same_loss(work, monkeypatch):
         found.append(loss.item())
         torch_grad(loss)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(rivals, "resident", lambda: 1000)
     for full in (False, True):
         run, facts = rivals.cdpo_head(work, full, rows=24, repeats=1)
-        assert len(run()) == 1 and facts["resident"] > 5e7
+        assert len(run()) == 1 and facts["given_bytes"] == 1000 + 4 * 2048 * 128   # the matrix's gradient is not charged
     assert len(found) == 6 and found == pytest.approx([found[0], found[1], found[1]] * 2, rel=1e-5)   # first: what torch loads
 
 
@@ -277,9 +262,36 @@ def test_table_of_sides_by_hand(monkeypatch):
     ours = [{"seconds": [1, 1], "peak_bytes": 2e9, "flops": 8e9, "rate": 8e9}, {"seconds": [5], "peak_bytes": 2e9, "flops": 8e9,
                                                                                "rate": 1.6e9}]
     theirs = [{"seconds": [4], "peak_bytes": 3e9}, {"seconds": [4], "peak_bytes": 5e9}]
-    rows = bench.against_table("dpo", {"ours": ours, "theirs": theirs}, (10, "pairs")).splitlines()[2:]
+    lines = bench.against_table("dpo", {"ours": ours, "theirs": theirs}, (10, "pairs")).splitlines()
+    assert lines[0] == "| dpo | median [range] | times as long as ours | peak, GB | times as large | MFU |"
+    rows = lines[2:]
     assert rows == ["| ours | 3.50 [2.00, 5.00] pairs/s | 1.00 [1.00, 1.00] | 2.00 | 1.00 | 0.75 [0.50, 1.00] |",
                     "| theirs | 2.50 [2.50, 2.50] pairs/s | 1.40 [0.80, 2.00] | 4.00 | 2.00 |  |"]
+    heads = [{**one, "given_bytes": given} for one, given in zip(theirs, (1e9, 4e9))]   # what all sides are given does not count
+    assert "| heads | 2.50 [2.50, 2.50] heads/s | 1.00 [1.00, 1.00] | 1.50 | 1.00 |" in bench.against_table(
+        "cdpo-head", {"heads": heads}, (10, "heads"))
+
+
+@pytest.mark.parametrize("what", bench.SIDES)
+def test_every_side_is_run_in_every_round_on_its_work(work, monkeypatch, tmp_path, capsys, what):
+    """Sides take turns; the units are what the timed micro-batches hold. What is written makes the table that is printed."""
+    seen = []
+    monkeypatch.setattr(bench.rivals, "work", lambda *_, **__: work)
+    monkeypatch.setattr(bench, "repetition", lambda side, given: seen.append((side, given)) or {
+        "seconds": [1.0, 3.0], "peak_bytes": 2e9})
+    bench.main([what, "--model", "mini", "--device", "cpu", "--tokens", "40", "--rounds", "2", "--out",
+                str(tmp_path / "found.json")])
+    assert [side for side, _ in seen] == 2 * list(bench.SIDES[what].values())
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert capsys.readouterr().out.endswith(bench.against_table(what, found["found"], found["units"]) + "\n")
+    given = seen[0][1]
+    tokens = sum(len(p) + len(c) - 1 for rows in given.batches[1:] for i in rows for p, c, _ in [given.pairs[i]])
+    assert found["units"] == {"sft": [tokens, "tokens"], "lora": [80, "tokens"], "lora-dpo": [100, "tokens"],
+                              "cdpo-head": [5, "heads"]}.get(what, [6, "pairs"])
+    if what in bench.LORA:   # one dialogue of so many inputs, whatever --data
+        assert [b.tokens.numel() for b in [data.collate([given.pairs[0][:2]])]] == [40] and given.batches == [[0]] * 3
+    else:
+        assert all((given.batches == work.batches) == side.alike for side, given in seen)
 
 
 def test_plan_s_table_by_hand():
@@ -300,14 +312,7 @@ def test_planned_counts_the_longest_micro_batch(work, monkeypatch, tmp_path, cap
     found = json.loads((tmp_path / "plan.json").read_text())
     assert capsys.readouterr().out.strip() == bench.planned_table(found["rows"])
     assert all(row["measured"] == 2e9 and 0.1e9 < row["counted"] < 0.2e9 for row in found["rows"])
+    assert all(full["counted"] > adapters["counted"] for full, adapters in zip(found["rows"][::2], found["rows"][1::2]))
     assert [row["tokens"] for row in found["rows"]] == [31 + 3] * 2 + [33 + 5] * 4   # less each last token
     assert [side.options for side, _ in seen[::2]] == [{"kind": k, "rank": r} for k in ("sft", "dpo", "cdpo") for r in (0, 8)]
     assert all(sorted(each.batches[0]) == [2, 3] and len(each.batches) == 3 for _, each in seen)
-
-
-def test_the_readme_has_the_benchmarks_tables():
-    readme = (HERE / "README.md").read_text()
-    for what in ("dpo", "dpo-lora", "sft", "cdpo"):
-        found = json.loads((HERE / f"results/bench/{what}.json").read_text())
-        assert bench.against_table(what, found["found"], found["units"]) in readme, what
-    assert bench.planned_table(json.loads((HERE / "results/bench/plan.json").read_text())["rows"]) in readme

@@ -291,6 +291,28 @@ def test_files_and_printed_tables(trained, tmp_path, capsys):
     assert again["models"]["mini"] == scores["models"]["mini"]   # samples have a generator of their own, whoever else is judged
 
 
+def test_the_readme_has_the_demos_scores():
+    """Its table, row by row, and what it says of pairs, from the file beside the pictures."""
+    here = Path(__file__).parent.parent
+    readme, scores = (here / "README.md").read_text(), json.loads((here / "results/demo/scores.json").read_text())
+
+    def reward(row):
+        low, high = row["reward_95"]
+        return f"{row['reward']:+.2f} [{low:+.2f}, {high:+.2f}] | {row['words']:.1f} | {row['distinct_2']:.2f}"
+    for name, label in (("mini", "random weights"), ("runs/demo-sft", "SFT"), ("runs/demo-dpo", "DPO"),
+                        ("runs/demo-cdpo", "CDPO, gamma 1")):
+        greedy, sampled = scores["models"][name]["greedy"], scores["models"][name]["temperature 1"]
+        right = [greedy["right"], *(greedy["right_by_group"][group] for group in ("look-up", "chat", "refusal", "computed"))]
+        assert (f"| {label} | {reward(greedy)} | {' | '.join(f'{x:.3f}' for x in right)} | {reward(sampled)} | "
+                f"{sampled['right']:.3f} |") in readme
+    for name, label in (("test, chosen", "the data's own, chosen"), ("test, rejected", "the data's own, rejected"),
+                        ("training, chosen", "of training, chosen (a fifth flipped)")):
+        assert f"| {label} | {reward(scores['own answers'][name])} |" in readme
+    for name in ("runs/demo-dpo", "runs/demo-cdpo"):
+        found = scores["models"][name]["pairs"]
+        assert f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]" in readme
+
+
 def test_a_run_is_compared_with_its_start_under_any_name(trained, tmp_path, monkeypatch, no_pictures, capsys):
     """--init sft/ and --models ./sft are the same folder. A judge that has learned nothing correlates with nothing."""
     sft, dpo, reward = trained

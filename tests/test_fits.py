@@ -64,6 +64,18 @@ def test_peak_is_bounded_by_what_a_step_holds(kind):
     assert checkpointed <= lean and adapters < lean
 
 
+@pytest.mark.parametrize("kind, rank, nbytes", [("sft", 0, 0), ("dpo", 0, 0), ("cdpo", 0, 4 * 2048 * 128), ("cdpo", 2, 0)])
+def test_a_cached_reference_takes_a_head_for_cdpo_alone(kind, rank, nbytes):
+    assert fits.peak(MINI, pairs_of(3, 9, 8, 7), range(3), kind, lora_rank=rank)[0]["reference"] == nbytes
+
+
+def test_the_least_is_what_the_optimizers_step_needs():
+    """Parameters, gradients, two moments and CDPO's head of a few pairs; large where activations are nothing."""
+    found = fits.peak(MINI, pairs_of(2, 300, 100, 112), range(2), "cdpo", "cuda", True)[0]
+    assert fits.line(MINI, "cdpo")[0] == plan.CONTEXT + sum(
+        found[what] for what in ("parameters", "reference", "gradients", "optimizer state"))
+
+
 def test_command_writes_what_it_prints(tmp_path, capsys):
     fits.main(["--models", "mini", "--out", str(tmp_path / "fits.json")])
     printed, rows = capsys.readouterr().out, json.loads((tmp_path / "fits.json").read_text())

@@ -296,6 +296,20 @@ def test_half_precision_inputs_give_float32_log_probs_and_gradients_of_their_own
 
 # ---- by hand
 
+def test_the_wider_of_two_types_is_that_of_the_products():
+    hidden, weight, targets = torch.randn(5, 64).bfloat16(), torch.randn(9, 64), torch.arange(5)
+    expected = torch.log_softmax(hidden.float() @ weight.T, 1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(losses.token_logps(hidden, weight, targets), expected)
+
+
+def test_the_weights_gradient_is_summed_in_place():
+    found = losses._Gradient(torch.randn(4, 3), torch.randn(5, 3), torch.float32, False, True)
+    found.add(slice(0, 2), torch.randn(2, 5))
+    where = found.weight.data_ptr()
+    found.add(slice(2, 4), torch.randn(2, 5))
+    assert found.weight.data_ptr() == where
+
+
 def test_token_logps_by_hand():
     """Logits log(2, 1, 1) and log(1, 3, 4): probabilities 1/2 1/4 1/4 and 1/8 3/8 1/2."""
     hidden = torch.tensor([[2., 1., 1.], [1., 3., 4.]], dtype=torch.float64).log()

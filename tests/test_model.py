@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -543,11 +544,12 @@ def test_the_line_may_be_longer_than_the_context_but_no_sequence(ours):
         ours.hidden(batch.tokens, batch.packing)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("training, dropout", [(True, 0.0), (True, 0.25), (False, 0.0)])
 @pytest.mark.parametrize("form", ["rectangle", "packed", "read at places"])
-def test_checkpointed_activations_give_the_same_gradients(hf_folder, form, dropout):
-    """What is computed again is what was computed, dropout's draws included; both blocks are, and only in a backward pass."""
-    model, (batch, _), runs = load(str(hf_folder), dropout=dropout).train(), packed(), []
+def test_checkpointed_activations_give_the_same_gradients(hf_folder, form, training, dropout):
+    """What is computed again is what was computed, dropout's draws included; both blocks are, and only in a backward pass. DPO
+    trains a model in eval()."""
+    model, (batch, _), runs = load(str(hf_folder), dropout=dropout).train(training), packed(), []
     for block in model.h:
         block.register_forward_pre_hook(lambda module, args: runs.append(module))
     arguments = {"rectangle": (tokens(3, 9),), "packed": (batch.tokens, batch.packing),
@@ -567,6 +569,38 @@ def test_checkpointed_activations_give_the_same_gradients(hf_folder, form, dropo
     largest = max(g.abs().max() for g in found[0][1])
     for one, two in zip(found[0][1], found[1][1]):
         assert (one - two).abs().max() <= 1e-6 * largest
+
+def test_as_little_is_kept_in_eval_as_in_training(hf_folder):
+    """Bytes that autograd saves. DPO trains a model in eval()."""
+    model, (batch, _) = load(str(hf_folder)), packed()
+
+    def saved():
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: seen.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+            kept = model.hidden_and_head(batch.tokens, batch.packing)
+        return sum(seen.values()), kept
+    assert saved()[0] > 0
+    model.train()
+    in_training, _ = saved()
+    model.eval()
+    assert saved()[0] == in_training
+
+
+def test_the_embeddings_gradient_has_no_matrix_of_its_own(ours):
+    """The rows' gradient is added to the head's (Tied); torch's own way makes a second one of the vocabulary's size."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.embedding_dense_backward.default:
+                made.append(len(out))
+            return out
+    hidden, head = ours.hidden_and_head(tokens(2, 5))
+    with Watch():
+        F.linear(hidden, head).sum().backward()
+    assert made == [ours.config.block_size]   # the positions' alone
 
 # ----------------------------------------------------------------------------------------------------------------------
 # properties of generation

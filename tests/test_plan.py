@@ -36,8 +36,8 @@ def sft(model):
     return lambda batch: train_sft.batch_loss(model, batch, 1)
 
 
-def counted(batch, make=sft, kind=gpt.GPT, half=False, **flags):
-    return plan.count(train_sft.Config(**flags), MINI, batch, make, kind, half=half)
+def counted(batch, make=sft, kind=gpt.GPT, half=False, device="cpu", **flags):
+    return plan.count(train_sft.Config(**flags), MINI, batch, make, kind, device, half)
 
 # ---- by hand -------------------------------------------------------------------------------------------------------------
 
@@ -103,6 +103,30 @@ def test_blocks_do_not_overlap_and_the_heap_ends_behind_the_last_one():
         assert pieces[0][0] == 0 and pieces[-1][1] == heap.size   # without a gap
         assert all(end == start for (_, end), (start, _) in zip(pieces, pieces[1:]))
 
+
+def test_a_hole_must_have_room_to_spare():
+    """A block of 100 leaves a hole of 164: 36 go in with twice 64 to spare, and 37 do not."""
+    heap = plan.Heap()
+    first, _ = heap.take(100), heap.take(10)
+    heap.free(*first)
+    assert heap.take(37)[0] > 164 and heap.take(36)[0] == 0
+
+
+def test_the_longest_and_the_cached_are_of_all_micro_batches(monkeypatch, tmp_path):
+    """Three steps of two micro-batches: six."""
+    seen, longest, first = [], data.Order.longest, data.Order.first
+    monkeypatch.setattr(data.Order, "longest", lambda self, n: seen.append(("longest", n)) or longest(self, n))
+    monkeypatch.setattr(data.Order, "first", lambda self, n: seen.append(("first", n)) or first(self, n))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    train_dpo.main(train_dpo.Config(init="mini", steps=3, accumulate=2, micro_batch=4, dry_run=True))
+    assert seen == [("longest", 6), ("first", 6)]
+
+
+def test_memory_is_what_is_available(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 2 kB\nMemAvailable: 5 kB\n")
+    monkeypatch.setattr(plan, "Path", lambda name: tmp_path / name.rpartition("/")[2])
+    assert plan.memory(torch.device("cpu")) == 5 * 1024
+
 # ---- oracle: the step itself ---------------------------------------------------------------------------------------------
 
 def test_parameters_gradients_and_state_are_those_of_a_step():
@@ -152,6 +176,18 @@ def test_activations_are_what_autograd_saves(flags):
 def test_every_optimizer_can_be_counted(name):
     found = counted(data.sft_batch(pairs(), [0]), optimizer=name, accumulate=2)
     assert found["optimizer state"] == pytest.approx(4 * PARAMETERS * optim.OPTIMIZERS[name].state, abs=4 * 60)
+
+
+def test_on_a_gpu_the_optimizers_state_lives_through_a_step():
+    """Where activations make the peak, it differs between AdamW and Lion by one moment."""
+    batch = data.sft_batch(pairs(40), range(40))
+    adamw, lion = (counted(batch, device="cuda", optimizer=name) for name in ("adamw", "lion"))
+    assert adamw["peak"] - lion["peak"] == adamw["optimizer state"] - lion["optimizer state"] > 2e6
+
+
+def test_two_counts_are_equal():
+    batch = data.sft_batch(pairs(), [0, 1])
+    assert counted(batch) == counted(batch)
 
 # ---- properties ----------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ reference: tests/test_train_dpo.py.
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections import Counter
 
@@ -350,14 +351,23 @@ def test_numbers_of_nearly_the_same_model_are_refused():
         fill(cache(tokens_of(pairs)), range(12), reference.live(other))
 
 
-def test_a_folder_made_for_something_else_is_refused():
+def test_a_reference_that_says_nan_is_refused():
+    pairs = some_pairs()
+    ready(tiny(), pairs, states=False)
+    live = reference.live(tiny())
+    with refused("its log-probabilities differ from the reference's by nan"):
+        fill(cache(tokens_of(pairs)), range(12), lambda batch: (live(batch)[0] * math.nan, *live(batch)[1:]))
+
+
+@pytest.mark.parametrize("what", ["model", "dtype"])
+def test_a_folder_made_for_something_else_is_refused(what):
     """Its file says what it was made for, whatever the folder is called."""
     model, pairs = tiny(), some_pairs()
     made = ready(model, pairs).folder
-    other = cache(tokens_of(pairs), model, {**WHAT, "model": "another"})
+    other = cache(tokens_of(pairs), model, {**WHAT, what: "another"})
     shutil.copy(made / "logps.npz", other.folder)
-    with refused(r"logps\.npz: made for other model: delete "):
-        cache(tokens_of(pairs), model, {**WHAT, "model": "another"})
+    with refused(rf"logps\.npz: made for other {what}: delete "):
+        cache(tokens_of(pairs), model, {**WHAT, what: "another"})
 
 
 def test_what_does_not_fit_on_the_disk_is_refused(monkeypatch):
