@@ -125,7 +125,7 @@ class Lab:
         if before and not (self.folder(name) / "best.pt").exists():
             del self.found[name]
         run = self.run(name, script, *flags)
-        if run and before and [e.get("val_loss") for e in run["events"]] != [e.get("val_loss") for e in before["events"]]:
+        if run and before and [e | {"seconds": 0} for e in run["events"]] != [e | {"seconds": 0} for e in before["events"]]:
             raise InputError(f"{name} is not what it was when {self.file} was begun: give another --results")
         return run
 

@@ -50,9 +50,10 @@ def train(lab, seed):
 
 
 def judge(lab, seed, head):
-    """What eval_reward.py finds of a seed's models by the reward model with this head, kept under judged/head-sN; made once."""
+    """What eval_reward.py finds of a seed's models by the reward model with this head, kept under judged/head-sN. It takes a
+    minute, and is not broken off."""
     name, out = f"judged/{folder(head, seed)}", f"{RUNS}/judged-{folder(head, seed)}"
-    if name in lab.found or lab.stop.is_set():
+    if lab.stop.is_set():
         return
     models = {"SFT": f"{RUNS}/{folder('sft', seed)}/best.pt",
               **{way: f"{RUNS}/{folder(way, seed)}/step-{STEPS}.pt" for way in WAYS}}
@@ -83,13 +84,16 @@ def summary(scores, generations, models):
         row["rude or evasive, sampled"] = statistics.fmean(answers[path])
         if "pairs" in score:
             row["reward accuracy"] = score["pairs"]["accuracy"]
+            found["SFT"]["log-probability accuracy"] = score["pairs"]["init_logp_accuracy"]   # the same of all
     return found
 
 
 def work(lab):
-    """Whatever of the study is not there yet."""
-    if all(lab.map(train, [(lab, seed) for seed in range(1, SEEDS + 1)])):
-        lab.map(judge, [(lab, seed, head) for seed in range(1, SEEDS + 1) for head in HEADS])
+    """Whatever of the study is not there yet: a seed that is judged needs no runs any more."""
+    missing = [(lab, seed, head) for seed in range(1, SEEDS + 1) for head in HEADS
+               if f"judged/{folder(head, seed)}" not in lab.found]
+    if all(lab.map(train, [(lab, seed) for seed in sorted({seed for _, seed, _ in missing})])):
+        lab.map(judge, missing)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the report
@@ -150,8 +154,9 @@ def distances(lab):
 def heads(lab):
     """How right the two reward models are on test pairs."""
     columns = ("look-up", "refusal", "chat", "computed", "all", "flaw: wrong")
-    return table([*columns[:-1], "pairs whose flaw is a wrong fact"], [
-        [f"`{head}`", *(median(lab, head, "judge", column) for column in columns)] for head in HEADS])
+    return [*table([*columns[:-1], "pairs whose flaw is a wrong fact"], [
+        [f"`{head}`", *(median(lab, head, "judge", column) for column in columns)] for head in HEADS]),
+            f"| the SFT model's log-probabilities | | | | | {median(lab, HEADS[0], 'SFT', 'log-probability accuracy')} | |"]
 
 
 def picture(lab, path):
@@ -166,7 +171,7 @@ def picture(lab, path):
             axis.plot([i] * len(found), found, ".", color="#1f5fa8", alpha=0.6)
             axis.plot(i, statistics.fmean(found), "_", color="#222222", markersize=14)
         axis.set_xticks(range(len(WAYS)), WAYS, rotation=25, ha="right", fontsize=8)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(f"{title}: every seed, and the mean", fontsize=9)
         plots.finish(axis, "", "change from SFT, sampled answers" if axis is axes[0] else "", legend=False)
     figure.savefig(path, dpi=110)
 

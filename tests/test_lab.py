@@ -90,7 +90,8 @@ def test_a_run_left_by_other_flags_is_made_anew(folder):
     assert new_lab(folder).run("old", "train_sft.py", *TINY)["events"][-1]["samples"] == 4
 
 
-def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monkeypatch):
+@pytest.mark.parametrize("key", ["val_loss", "val_dpo_loss", "val_reward_loss"])
+def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monkeypatch, key):
     made = []
 
     def run(self, name, script, *flags):   # what a run leaves: its evaluations, and best.pt
@@ -98,7 +99,7 @@ def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monke
             made.append(name)
             self.folder(name).mkdir(parents=True, exist_ok=True)
             (self.folder(name) / "best.pt").touch()
-            self.keep(name, {"events": [{"val_loss": 2.0, "seconds": len(made)}]})
+            self.keep(name, {"events": [{key: 2.0, "seconds": len(made)}]})
         return self.found[name]
     monkeypatch.setattr(labs.Lab, "run", run)
     new_lab(folder).weights("start", "train_sft.py")
@@ -108,7 +109,7 @@ def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monke
     assert new_lab(folder).weights("start", "train_sft.py")["events"][0]["seconds"] == 2 and made == ["start"] * 2
     (folder / "start/best.pt").unlink()
     changed = new_lab(folder)
-    changed.found["start"]["events"][0]["val_loss"] += 1e-3
+    changed.found["start"]["events"][0][key] += 1e-3
     with pytest.raises(InputError, match="start is not what it was when .* was begun"):
         changed.weights("start", "train_sft.py")
 

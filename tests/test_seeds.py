@@ -28,7 +28,7 @@ def scores(models, seed):
     for i, path in enumerate(models):
         right = seed / 100 + 0.1 * (i == 1)
         rows[path] = {"greedy": {"right": seed / 100, "reward": 0.0}, "temperature 1": {"right": right, "reward": 0.0},
-                      **({"pairs": {"accuracy": 0.9}} if i else {})}
+                      **({"pairs": {"accuracy": 0.9, "init_logp_accuracy": 0.8}} if i else {})}
     groups = {"look-up": 0.5, "refusal": 0.6, "chat": 0.7, "computed": 0.8}
     return {"judge": {"accuracy": seed / 10, "by_group": groups, "by_flaw": {"wrong": 0.25}}, "models": rows}
 
@@ -79,6 +79,8 @@ def test_all_runs_of_the_study(lab, monkeypatch):
         assert flags.get("--gamma") == {"cdpo-gamma-10": 10, "cdpo-gamma-100": 100}.get(name[:-3])
         assert (flags.get("--lr"), flags.get("--beta")) == ((3e-4, 0.1) if "large" in name else (None, None))
     assert lab.found["judged/hidden-s4"]["SFT"]["rude or evasive, sampled"] == 0.25
+    assert lab.found["judged/hidden-s4"]["SFT"]["log-probability accuracy"] == 0.8
+    monkeypatch.setattr(study.Lab, "weights", None)   # on another machine, which has no weights
     study.work(study.new_lab(lab.file.parent))
     assert len(asked) == 10
 
@@ -91,7 +93,7 @@ def test_a_judgement_that_fails_is_told(lab, monkeypatch):
     assert study.judge(lab, 2, "hidden") is None and not lab.found
 
 
-def test_report_by_hand(lab, monkeypatch, capsys):
+def test_report_by_hand(lab, monkeypatch, capsys, drawn):
     study.report(lab)
     assert "nothing is judged yet" in capsys.readouterr().out
     monkeypatch.setattr(study.Lab, "weights", made_up)
@@ -109,7 +111,10 @@ def test_report_by_hand(lab, monkeypatch, capsys):
     assert ("| DPO | 0.900 [0.900, 0.900] | 0.020 [0.010, 0.040] | +0.000 [+0.000, +0.000] | 0.120 [0.110, 0.140] | "
             "+0.100 [+0.100, +0.100] |") in text
     assert "| DPO | +0.100 [+0.100, +0.100] | -0.250 [-0.250, -0.250] | +0.000 [+0.000, +0.000] | +0.000 [+0.000" in text
-    assert (lab.file.parent / "judges.png").stat().st_size > 10_000
+    truth, likelihood, hidden = drawn[-1].axes   # DPO's three seeds and their mean; rewards do not change
+    assert truth.lines[1].get_ydata() == pytest.approx([0.1] * 3) and truth.lines[2].get_ydata() == pytest.approx([0.1])
+    assert not any(y for axis in (likelihood, hidden) for line in axis.lines for y in line.get_ydata())
+    assert (lab.file.parent / "judges.png").read_bytes().startswith(b"\x89PNG")
     assert "| CDPO, gamma 1 | 0.400 [0.400, 0.400] | 0.0012 [0.0012, 0.0012] | 0.500 [0.500, 0.500] |" in text
     assert ("| `hidden` | 0.500 [0.500, 0.500] | 0.600 [0.600, 0.600] | 0.700 [0.700, 0.700] | 0.800 [0.800, 0.800] | "
             "0.200 [0.100, 0.400] | 0.250 [0.250, 0.250] |") in text
