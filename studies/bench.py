@@ -120,15 +120,13 @@ def generation(name, device, rounds, new=128):
 
 def generation_table(found):
     """What generation() found, as text for a terminal or a README."""
-    def middle(values, digits):
-        return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
     speeds, lengths = [speed / 1e9 for speed in found["memory"]], found["prompts"]
     lines = [f"{found['machine']}, {found['threads']} threads, {found['model']}: {len(lengths)} prompts of {min(lengths)} to "
              f"{max(lengths)} tokens, {found['new']} new ones each, {len(speeds)} rounds. The memory",
-             f"reads {middle(speeds, 1)} GB/s; a new token of all rows needs {found['bytes_per_token'] / 1e6:.0f} MB of it.", "",
+             f"reads {spread(speeds, 1)} GB/s; a new token of all rows needs {found['bytes_per_token'] / 1e6:.0f} MB of it.", "",
              "| | median [range] |", "| --- | --- |"]
-    lines += [f"| {key}, tokens/s | {middle(values, 1)} |" for key, values in found["tokens per second"].items()]
-    return "\n".join(lines + [f"| {key} | {middle(values, 2)} |" for key, values in found["ratio"].items()])
+    lines += [f"| {key}, tokens/s | {spread(values, 1)} |" for key, values in found["tokens per second"].items()]
+    return "\n".join(lines + [f"| {key} | {spread(values, 2)} |" for key, values in found["ratio"].items()])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sides in turns, every repetition in a process of its own: each has its own peak memory, and the machine's drift hits all alike
@@ -143,6 +141,7 @@ class Side(NamedTuple):
     environ: dict = {}
 
 
+RANDOM = ("lora", "lora-dpo", "cdpo-head")   # on random tokens; the others on the pairs of a data set
 SIDES = {
     "dpo": {"ours": Side(rivals.ours, {"kind": "dpo"}),
             "ours, malloc variables": Side(rivals.ours, {"kind": "dpo"}, environ=MALLOC),
@@ -164,16 +163,14 @@ SIDES = {
 }
 
 
-LORA = ("lora", "lora-dpo")   # on one random pair; the others on those of a data set
-
-
 def alone(connection, side, work):
     """One repetition: seconds of the steps, bytes, and FLOPs a second of the machine before and after."""
     with contextlib.suppress(torch.OutOfMemoryError, KeyboardInterrupt):
+        resident = rivals.memory(torch.device("cpu"))   # before there is a model
         run, facts = side.make(work, **side.options)
         before = rivals.rate() if work.device == "cpu" else None
         seconds = run()
-        connection.send({**facts, "seconds": seconds, "peak_bytes": runs.peak_memory(),
+        connection.send({**facts, "seconds": seconds, "peak_bytes": runs.peak_memory(), "resident": resident,
                          "rate": before and (before + rivals.rate()) / 2})
 
 
@@ -232,7 +229,7 @@ def planned(names, dataset, rounds, out):
     rows = []
     for name, kind, rank in itertools.product(names, ("sft", "dpo", "cdpo"), (0, 8)):
         work = rivals.work(dataset, name, "cpu", size=2).shuffled()
-        longest = max(work.batches, key=lambda rows: sum(len(part) for i in rows for part in work.pairs[i]))
+        longest = max(work.batches, key=lambda batch: sum(len(part) for i in batch for part in work.pairs[i]))
         work = work._replace(batches=[longest] * 3)
         found = [repetition(Side(rivals.ours, {"kind": kind, "rank": rank}), work) for _ in range(rounds)]
         measured = statistics.median(one["peak_bytes"] - one["resident"] for one in found)
@@ -258,21 +255,22 @@ def spread(values, digits):
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def compare(what, name, dataset, device, tokens, rounds, out):
-    work = rivals.long_pair(name, device, tokens) if what in LORA else rivals.work(dataset, name, device)
+def compare(what, model, dataset, device, tokens, rounds, out):
+    work = rivals.long_pair(model, device, tokens) if what in RANDOM else rivals.work(dataset, model, device)
     pairs = [work.pairs[i] for rows in work.batches[1:] for i in rows]
     chosen = sum(len(p) + len(c) - 1 for p, c, _ in pairs)   # a dialogue's last token is not read
+    once, twice = sum(len(part) for pair in pairs for part in pair), sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
     units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "cdpo-head": (rivals.HEADS, "heads"),
              "lora-dpo": (chosen + sum(len(r) - 1 for _, _, r in pairs), "tokens")}.get(what, (len(pairs), "pairs"))
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    once, twice = sum(len(part) for pair in pairs for part in pair), sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    print(f"{where}, {torch.get_num_threads()} threads, {name}, fp32: {len(pairs)} pairs, {len(work.batches[0])} a micro-batch,\n"
-          f"{twice / len(pairs):.0f} tokens a pair with the prompt twice, {twice / once:.2f} times as many as with it once; "
-          f"{rounds} rounds\n", flush=True)
+    given = "random tokens" if what in RANDOM else (
+        f"{len(pairs)} pairs, {len(work.batches[0])} a micro-batch, {twice / len(pairs):.0f} tokens each with the prompt twice,\n"
+        f"{twice / once:.2f} times as many as with it once")
+    print(f"{where}, {torch.get_num_threads()} threads, {model}, fp32, {rounds} rounds; {given}\n", flush=True)
     found = against(what, work, rounds)
     print(against_table(what, found, units))
     if out:
-        Path(out).write_text(json.dumps({"what": what, "model": name, "machine": where, "units": units, "found": found},
+        Path(out).write_text(json.dumps({"what": what, "model": model, "machine": where, "units": units, "found": found},
                                         indent=1) + "\n")
 
 
@@ -281,8 +279,8 @@ def main(argv=None):
     parser.add_argument("what", choices=["optim", "generate", "plan", *SIDES])
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
     options = parser.add_argument_group("of all but optim")
-    options.add_argument("--device", default="auto")
-    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of all but lora, lora-dpo, generate: as for a script")
+    options.add_argument("--device", default="auto", help="of all but plan")
+    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft, cdpo, plan: as for a script")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for what was found; studies.ranks draws results/ranks/cost-*.json")
@@ -291,7 +289,7 @@ def main(argv=None):
         optim_steps(cfg.model)
         return
     context = gpt.SIZES[cfg.model].block_size
-    if cfg.what in LORA and not 4 <= cfg.tokens <= context:   # three of four are prompt
+    if cfg.what in ("lora", "lora-dpo") and not 4 <= cfg.tokens <= context:   # three of four are prompt
         raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
     if cfg.rounds < 1:
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")

@@ -288,7 +288,7 @@ def answers(lab, path):
 
 
 def cost(costs, path):
-    """Figure 4 of 000_...: memory, per cent that trains, speed, by rank, as studies.bench measured them, a machine each."""
+    """Figure 4 of 000_...: memory, per cent that trains, speed, by rank, as studies.bench measured them, a file each."""
     figure, axes = plots.canvas(3)
     width = 0.76 / len(costs)
     for i, found in enumerate(costs):

@@ -10,6 +10,7 @@ import copy
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,15 +62,15 @@ def work(name, model, device, size=4, steps=4, longest=512):
     return Work(picked, [list(range(i, i + size)) for i in range(0, len(picked), size)], model, device)
 
 
-def long_pair(name, device, tokens, steps=2):
+def long_pair(model, device, tokens, steps=2):
     """One random pair, three quarters of it prompt, as every micro-batch: the model reads `tokens` of either dialogue."""
     rng, cut = np.random.default_rng(1), tokens * 3 // 4
-    pair = [rng.integers(gpt.SIZES[name].vocab_size, size=n).tolist() for n in (cut, *2 * [tokens - cut + 1])]
-    return Work([pair], [[0]] * (steps + 1), name, device)
+    pair = [rng.integers(gpt.SIZES[model].vocab_size, size=n).tolist() for n in (cut, *2 * [tokens - cut + 1])]
+    return Work([pair], [[0]] * (steps + 1), model, device)
 
 
 def rate():
-    """FLOPs a second of FORMULAS.md section 10's product, best of 20."""
+    """FLOPs a second of a product that gpt2's blocks have, best of 20: the machine's rate, for MFU."""
     x, w, took = torch.randn(1370, 768), torch.randn(3072, 768), []
     for _ in range(20):
         began = time.perf_counter()
@@ -93,8 +94,8 @@ def timed(device, steps):
 # ours: what a step of the training scripts does
 
 def ours(work, kind, rank=0, bias="none", cached=True):
-    """dpo and cdpo with the reference cached, as train_dpo.py has it by default for full fine-tuning; else it runs beside."""
-    before = resident()
+    """dpo and cdpo with the reference cached, as train_dpo.py has it by default for full fine-tuning, and the pass that fills the
+    cache not timed; or else live, as it is by default with LoRA."""
     device, model, step = ready(work, rank, bias)
     tokens, cfg = tokens_of(work), train_dpo.Config(beta=0.1, loss="cdpo" if kind == "cdpo" else "dpo")
     if kind == "sft":
@@ -115,9 +116,16 @@ def ours(work, kind, rank=0, bias="none", cached=True):
 
         def loss(batch):
             return train_dpo.pair_losses(cfg, model, look, batch)[0].mean()
-    needed = [gpt.flops(model.config, *b.size, backward=True, rank=rank) for b in batches]
+    needed = [gpt.flops(model.config, *b.size, backward=True, rank=rank) + looked(work, kind, cached, b) for b in batches]
     return (lambda: timed(device, [lambda b=b: step(loss(b)) for b in batches])), {
-        "flops": sum(needed[1:]), "resident": before, **optim.footprint("adamw", model)}
+        "flops": sum(needed[1:]), **optim.footprint("adamw", model)}
+
+
+def looked(work, kind, cached, batch):
+    """FLOPs of the reference in a step: a forward pass, or of a cached one CDPO's product with the head."""
+    if kind == "sft" or cached and kind == "dpo":
+        return 0
+    return gpt.flops(gpt.SIZES[work.model], *((0, 0, 0, len(batch.targets)) if cached else batch.size))
 
 
 def ready(work, rank=0, bias="none"):
@@ -252,11 +260,11 @@ def trl_sft(work, best):
 HEADS = 5   # how often it is timed
 
 
-def cdpo_head(work, full, rows=376, repeats=HEADS):
+def cdpo_head(work, full, rows=376, pairs=4, repeats=HEADS):
     """Loss and gradient from hidden states on: ours, or by autograd through whole logits at the response positions. Memory is
     what comes on top of the inputs and of the matrix's gradient, which both sides need."""
     device, _ = runs.setup(runs.Config(device=work.device, dtype="float32"))
-    c, pairs = gpt.SIZES[work.model], len(work.batches[0])
+    c = gpt.SIZES[work.model]
 
     def inputs(rows, vocabulary, width):
         (hidden, ref_hidden), (weight, ref_weight) = ([torch.randn(n, width, device=device).mul_(std) for _ in range(2)]
@@ -277,11 +285,13 @@ def cdpo_head(work, full, rows=376, repeats=HEADS):
         given[0].grad = given[1].grad = None
     step(inputs(2 * pairs, 16, 8))   # what torch loads only now
     given = inputs(rows, c.vocab_size, c.n_embd)
-    held = resident() + given[1].nbytes
+    held = memory(device) + given[1].nbytes
     return (lambda: timed(device, [lambda: step(given)] * (repeats + 1))), {"given_bytes": held}
 
 
-def resident():
-    """Bytes of this process in memory now."""
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(device):
+    """Bytes that this process has now: on the GPU, or resident; where the system does not say, the most it has had."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else runs.peak_memory()

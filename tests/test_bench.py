@@ -166,7 +166,10 @@ def test_our_side_does_a_step_for_every_micro_batch(work, monkeypatch, kind, ran
     assert all(p.grad is None for p in model.parameters())
     parts, loss_on = (2, "all") if kind == "sft" else (3, "response")
     batches = [data.collate([work.pairs[i][:parts] for i in rows], loss_on) for rows in work.batches[1:]]
-    assert facts["flops"] == sum(gpt.flops(gpt.SIZES["mini"], *b.size, backward=True, rank=rank) for b in batches)
+    config = gpt.SIZES["mini"]
+    forward = sum(gpt.flops(config, *b.size) for b in batches) if kind == "dpo" and not cached else (
+        2 * 2048 * 128 * sum(len(b.targets) for b in batches) if kind == "cdpo" else 0)   # the reference's part
+    assert facts["flops"] == forward + sum(gpt.flops(config, *b.size, backward=True, rank=rank) for b in batches)
 
 
 @pytest.mark.parametrize("kind, rank, cached", [("cdpo", 0, True), ("dpo", 0, False), ("dpo", 2, False)])
@@ -219,7 +222,7 @@ def test_both_ways_of_cdpos_head_give_the_same_loss(work, monkeypatch):
         found.append(loss.item())
         torch_grad(loss)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(rivals, "resident", lambda: 1000)
+    monkeypatch.setattr(rivals, "memory", lambda device: 1000)
     for full in (False, True):
         run, facts = rivals.cdpo_head(work, full, rows=24, repeats=1)
         assert len(run()) == 1 and facts["given_bytes"] == 1000 + 4 * 2048 * 128   # the matrix's gradient is not charged
@@ -288,7 +291,7 @@ def test_every_side_is_run_in_every_round_on_its_work(work, monkeypatch, tmp_pat
     tokens = sum(len(p) + len(c) - 1 for rows in given.batches[1:] for i in rows for p, c, _ in [given.pairs[i]])
     assert found["units"] == {"sft": [tokens, "tokens"], "lora": [80, "tokens"], "lora-dpo": [100, "tokens"],
                               "cdpo-head": [5, "heads"]}.get(what, [6, "pairs"])
-    if what in bench.LORA:   # one dialogue of so many inputs, whatever --data
+    if what in bench.RANDOM:   # one dialogue of so many inputs, whatever --data
         assert [b.tokens.numel() for b in [data.collate([given.pairs[0][:2]])]] == [40] and given.batches == [[0]] * 3
     else:
         assert all((given.batches == work.batches) == side.alike for side, given in seen)

@@ -5,7 +5,7 @@ every loss and gradient of its dialogues run one at a time.
 
     python -m pytest -q tests/test_losses.py
 
-The oracles share no code with losses.py: float64, full logits, written from FORMULAS.md sections 1-4; one is transformers.
+The oracles share no code with losses.py: float64, full logits, written from the papers' equations; one is transformers.
 """
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ EXACT = dict(rtol=1e-10, atol=1e-10)   # float64 on both sides: only the order o
 LOG2 = math.log(2)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# oracles: the whole (S, V) matrix at once, in float64, as FORMULAS.md has it
+# oracles: the whole (S, V) matrix at once, in float64, as the equations have it
 
 def full_logp(hidden, weight):
     """Every token's log-probability, (S, V), with gradients by torch's autograd."""
@@ -38,7 +38,7 @@ def full_token_logps(hidden, weight, targets):
 
 
 def full_cdpo(hidden, weight, targets, owner, ref_hidden, ref_weight, beta, gamma):
-    """FORMULAS section 4, response by response: losses (B,), R (B,), log-probs (2B,)."""
+    """Equation 4 of 000_..., response by response: losses (B,), R (B,), log-probs (2B,)."""
     logp, ref_logp = full_logp(hidden, weight), full_logp(ref_hidden, ref_weight)
     s = 1 / (1 + torch.exp(-beta * (logp - ref_logp)))
     n, B = int(owner.max()) + 1, (int(owner.max()) + 1) // 2
@@ -70,7 +70,7 @@ def numpy_regularizer(logp, ref_logp, targets, beta):
 
 
 def response_logp(model, prompt, response):
-    """log pi(response | prompt) from the model's full logits, without padding or neighbours (FORMULAS section 1)."""
+    """log pi(response | prompt) from the model's full logits, without padding or neighbours."""
     logits = model(torch.tensor([[*prompt, *response]]))[0]
     logp = logits - torch.logsumexp(logits, dim=1, keepdim=True)
     return sum(logp[len(prompt) + t - 1, y] for t, y in enumerate(response))
@@ -591,7 +591,7 @@ def test_dpo_loss_and_label_smoothing_against_numpy():
 
 
 def test_dpo_gradient_is_the_closed_form():
-    """FORMULAS section 3: -beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), through a whole small model."""
+    """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), through a whole small model."""
     model, reference, beta = tiny_gpt(0), tiny_gpt(1), 0.7
     batch = data.pair_batch(pairs(), [0, 1])
     logps, ref_logps = losses.batch_logps(model, batch), losses.batch_logps(reference, batch).detach()
@@ -775,7 +775,7 @@ def test_cdpo_starts_at_log_2_plus_half_gamma(chunked):
 
 
 def test_regularizers_gradient_at_the_start_is_the_closed_form():
-    """FORMULAS section 4: dR_t/dz_k = beta / (4 (V-1)) ([k != y_t] - (V-1) p_k). The identity as weight makes the hidden states
+    """dR_t/dz_k = beta / (4 (V-1)) ([k != y_t] - (V-1) p_k). The identity as weight makes the hidden states
     z; two responses of one token each, so each R_t counts one half. DPO's own gradient, which is the loss's at gamma 0, is
     -beta / 2 (grad log pi(y_w) - grad log pi(y_l)), as sigmoid(0) is one half."""
     odds = torch.tensor([[2., 1., 1., 4.], [3., 3., 1., 1.]], dtype=torch.float64)   # rows sum to 8

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from files import InputError
 from studies import operators, rivals
 from studies.lab import HERE
 
@@ -20,11 +21,23 @@ def test_shares_and_table_by_hand():
     assert text.splitlines()[2] == "| DPO | 70.0 | 20.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 10.0 |"
 
 
-@pytest.mark.parametrize("kind", operators.KINDS)
-def test_every_group_has_its_part_of_a_step(kind):
-    """Of each kind of step: no group is empty, so none of its names has gone stale, and the shares are of the whole."""
-    found = operators.profiled(rivals.work("minihh", "mini", "cpu", size=3, steps=2, longest=40), kind)
-    assert min(found.values()) > 0 and sum(found.values()) == pytest.approx(1)
+def test_every_name_is_that_of_an_operator():
+    """Of the three kinds of step together: each name that a group is known by begins one, so none has gone stale; and no group of
+    any kind is empty."""
+    work, seen = rivals.work("minihh", "mini", "cpu", size=3, steps=2, longest=40), set()
+    for kind in operators.KINDS:
+        times = operators.profiled(work, kind)
+        seen |= set(times)
+        found = operators.shares(times)
+        assert min(found.values()) > 0 and sum(found.values()) == pytest.approx(1)
+    starts = {start for group in operators.GROUPS.values() for start in group}
+    assert [start for start in starts if not any(name.startswith(start) for name in seen)] == []
+
+
+@pytest.mark.parametrize("out", [".", "none/found.json"])
+def test_a_bad_out_is_one_line_before_any_work(out):
+    with pytest.raises(InputError, match=f"--out: expected a file's name in a folder that exists, found {out}"):
+        operators.main(["--model", "mini", "--data", "minihh", "--out", out])
 
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):

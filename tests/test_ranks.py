@@ -115,7 +115,7 @@ def test_all_runs_of_the_study(lab, monkeypatch):
     assert len(judged) == 5 * (14 + 7 + 2)
 
 
-def test_report_by_hand(lab, monkeypatch, capsys):
+def test_report_by_hand(lab, monkeypatch, capsys, drawn):
     """Full ends at 0.5 + seed / 100, adapters at twice that, training all biases takes 0.1 off."""
     def run(self, name, script, *flags):
         if "/" not in name:
@@ -130,8 +130,9 @@ def test_report_by_hand(lab, monkeypatch, capsys):
         return {"loss": (loss if name.startswith("full") else 2 * loss) - 0.1 * ("-all" in name), "accuracy": 0.75, "right": 0.5}
     monkeypatch.setattr(study, "judge", judge)
     study.work(lab)
-    sides = {name: [{"trainable": 1, "parameters": 2, "seconds": [2.0], "peak_bytes": 1e9}] * 2 for name in (
-        "full", "rank 1, bias none", "rank 1, bias all")}
+    made_of = (("full", 4, [3, 6, 9], 8e9), ("rank 1, bias none", 1, [2, 2, 2], 2e9), ("rank 1, bias all", 2, [1, 1, 1], 1e9))
+    sides = {name: [{"trainable": trains, "parameters": 4, "seconds": [s], "peak_bytes": peak} for s in seconds]
+             for name, trains, seconds, peak in made_of}
     sft = {"what": "lora", "model": "gpt2", "machine": "abacus", "found": sides}
     for found in (sft, {"what": "lora-dpo"}):   # the second is not drawn
         (lab.file.parent / f"cost-{found['what']}.json").write_text(json.dumps(found))
@@ -150,6 +151,9 @@ def test_report_by_hand(lab, monkeypatch, capsys):
     assert text.count("| r8-lora_only |") == 5   # the shares; in both tasks a row of rates and one of results
     for name in ("sft", "dpo", "answers", "cost"):
         assert (lab.file.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    memory, trains, speed = drawn[-1].axes   # of full and of rank 1 with bias none
+    assert [[bar.get_height() for bar in axis.patches] for axis in (memory, trains, speed)] == [[8, 2], [100, 25], [1, 3]]
+    assert [line.tolist() for line in speed.collections[0].get_segments()][1] == [[1, 1.5], [1, 4.5]]
 
 
 # ---- a property
