@@ -125,8 +125,7 @@ def token_logps(hidden, weight, targets, models=1):
 
 
 def sequence_logps(logps, owner, n):
-    """A number of each token (S,), such as its log-probability, summed, not averaged, over each of n responses: (n,) (FORMULAS
-    section 1)."""
+    """A number of each token (S,), such as its log-probability, summed, not averaged, over each of n responses: (n,)."""
     return torch.zeros(n, dtype=logps.dtype, device=logps.device).index_add(0, owner, logps)
 
 
@@ -231,8 +230,8 @@ class _Shared(torch.autograd.Function):
 
 
 def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps, beta, gamma):
-    """L = L_DPO + gamma R (Eq. 4), R the mean over the two responses of the mean over each one's tokens of R_t. The paper
-    leaves open how positions and responses combine; FORMULAS section 4 says what our choice means.
+    """L = L_DPO + gamma R (Eq. 4), R the mean over the two responses of the mean over each one's tokens of R_t. How positions and
+    responses combine is our choice, since the paper leaves it open.
 
     hidden, ref_hidden (S, C); weight, ref_weight (V, C); targets, owner (S,); ref_logps (2B,).
     Returns losses (B,), regularizer (B,), logps (2B,). Only a multiple of losses.sum() can be differentiated: the gradient is
@@ -254,7 +253,7 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
 
 
 def reward_loss(chosen_rewards, rejected_rewards):
-    """Bradley-Terry's -log sigmoid(r_w - r_l), (B,): the surprise at the chosen one being preferred (FORMULAS section 5)."""
+    """Bradley-Terry's -log sigmoid(r_w - r_l), (B,): the surprise at the chosen one being preferred."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 

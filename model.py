@@ -228,7 +228,7 @@ class GPT(nn.Module):
 
 
 class RewardModel(GPT):
-    """GPT-2 that scores a dialogue: a linear head n_embd -> 1, read at the dialogue's last token (FORMULAS.md section 5). It
+    """GPT-2 that scores a dialogue: a linear head n_embd -> 1, read at the dialogue's last token. It
     starts at zero. Only differences of rewards are learned; `center` says where zero is.
 
     likelihood: not the textbook's, the head has one input more, the log-probability of the response to this very model: r = w h +
@@ -264,8 +264,8 @@ def reward_model(model, likelihood=False):
 def flops(config, tokens, attended, scored, head=None, backward=False, rank=0):
     """FLOPs of a forward pass over packed tokens that is read at `scored` places, by the vocabulary matrix at `head` of them (all
     unless given); or of forward and backward. 2 per weight and token, 4 C per layer and attended place, and twice that to go
-    back; with LoRA of this rank, frozen matrices need the gradient of their input only (FORMULAS.md section 10). The last block's
-    matrices behind attention meet scored places only."""
+    back; with LoRA of this rank, frozen matrices need the gradient of their input only. The last block's matrices
+    behind attention meet scored places only."""
     C, head = config.n_embd, scored if head is None else head
     matrices = 24 * config.n_layer * C ** 2 * tokens - 18 * C ** 2 * (tokens - scored) + 2 * config.vocab_size * C * head
     adapters = 2 * rank * C * (16 * config.n_layer * tokens - 12 * (tokens - scored))   # in + out of c_proj, c_fc, c_proj: 12 C
