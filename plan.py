@@ -1,5 +1,5 @@
 """
-Will it fit? --dry-run counts the memory of a training step before anything is loaded.
+Will it fit? --dry-run counts the memory of a training step before any weights are loaded.
 
 The step runs on fake tensors, which have shapes and lifetimes, but no numbers and no memory. Every storage that comes to life and
 every one that dies is counted, so the peak is that of the real step. It takes seconds, for the largest model on the smallest

@@ -7,11 +7,13 @@ How fast is it? Ratios within one run, since a machine's speed drifts.
     python -m studies.bench dpo         # DPO's steps against trl's trainer; dpo-lora: with LoRA, against trl + peft
     python -m studies.bench sft         # SFT's against trl, transformers, and a padded rectangle with whole logits
     python -m studies.bench cdpo        # CDPO's against DPO's; cdpo-head: its head alone, against whole logits
+    python -m studies.bench checkpointing   # DPO's with --checkpoint-activations, against those without
     python -m studies.bench plan        # what --dry-run counts against what processes take, gpt2 and gpt2-medium
     python -m studies.bench generate    # tokens a second of 8 prompts: against transformers' generate, and the memory's limit
 """
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -70,10 +72,7 @@ def generation(name, device, rounds, new=128):
     between them the memory: a plain sum over as many bytes as the weights have. The limit: each new token of all rows reads every
     matrix once (but one row of the positions') and the keys and values of all rows' past. The pass over the prompts counts in the
     time of both sides, and the limit leaves it out."""
-    try:
-        import transformers   # an oracle, not needed to run what is measured
-    except ImportError:
-        raise InputError("generate is measured against transformers: pip install -r requirements-dev.txt") from None
+    import transformers   # an oracle, not needed to run what is measured
     device, autocast = runs.setup(runs.Config(device=device))
     model = gpt.GPT(gpt.SIZES[name]).to(device).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +140,7 @@ class Side(NamedTuple):
     environ: dict = {}
 
 
+NEEDED = {"dpo": ("trl",), "dpo-lora": ("trl", "peft"), "sft": ("trl", "transformers"), "generate": ("transformers",)}
 RANDOM = ("lora", "lora-dpo", "cdpo-head")   # on random tokens; the others on the pairs of a data set
 SIDES = {
     "dpo": {"ours": Side(rivals.ours, {"kind": "dpo"}),
@@ -155,6 +155,8 @@ SIDES = {
             "rectangle": Side(rivals.rectangle_sft), "rectangle, similar lengths": Side(rivals.rectangle_sft, alike=True)},
     "cdpo": {"ours, CDPO": Side(rivals.ours, {"kind": "cdpo"}), "ours, DPO": Side(rivals.ours, {"kind": "dpo"})},
     "cdpo-head": {"ours": Side(rivals.cdpo_head, {"full": False}), "whole logits": Side(rivals.cdpo_head, {"full": True})},
+    "checkpointing": {"ours": Side(rivals.ours, {"kind": "dpo"}),
+                      "ours, checkpointing": Side(rivals.ours, {"kind": "dpo", "checkpointing": True})},
     "lora": {"full": Side(rivals.ours, {"kind": "sft"}),
              **{f"rank {rank}, bias {bias}": Side(rivals.ours, {"kind": "sft", "rank": rank, "bias": bias}) for rank, bias in (
                  (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))}},
@@ -280,7 +282,8 @@ def main(argv=None):
     parser.add_argument("--model", choices=gpt.SIZES, default="gpt2")
     options = parser.add_argument_group("of all but optim")
     options.add_argument("--device", default="auto", help="of all but plan")
-    options.add_argument("--data", default="hh-rlhf/harmless-base", help="of dpo, dpo-lora, sft, cdpo, plan: as for a script")
+    options.add_argument("--data", default="hh-rlhf/harmless-base",
+                         help="as for a script; not of lora, lora-dpo, cdpo-head, generate")
     options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for what was found; studies.ranks draws results/ranks/cost-*.json")
@@ -295,6 +298,9 @@ def main(argv=None):
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")
     if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).parent.is_dir()):   # better now than after the work
         raise InputError(f"--out: expected a file's name in a folder that exists, found {cfg.out}")
+    if missing := [package for package in NEEDED.get(cfg.what, ()) if importlib.util.find_spec(package) is None]:
+        raise InputError(f"{cfg.what} is measured against {' and '.join(missing)}, not installed: pip install -r "
+                         "requirements-dev.txt trl -c constraints.txt")
     if cfg.what == "generate":
         found = generation(cfg.model, cfg.device, cfg.rounds)
         print(generation_table(found))

@@ -29,9 +29,6 @@ import train_dpo
 import train_sft
 from files import InputError
 
-INSTALL = "pip install -r requirements-dev.txt trl -c constraints.txt"
-
-
 class Work(NamedTuple):
     """What every side gets: pairs of (prompt, chosen, rejected) token ids and the micro-batches they come in."""
     pairs: list       # of three lists of ids
@@ -93,10 +90,11 @@ def timed(device, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # ours: what a step of the training scripts does
 
-def ours(work, kind, rank=0, bias="none", cached=True):
+def ours(work, kind, rank=0, bias="none", cached=True, checkpointing=False):
     """dpo and cdpo with the reference cached, as train_dpo.py has it by default for full fine-tuning, and the pass that fills the
     cache not timed; or else live, as it is by default with LoRA."""
     device, model, step = ready(work, rank, bias)
+    model.checkpoint_activations = checkpointing
     tokens, cfg = tokens_of(work), train_dpo.Config(beta=0.1, loss="cdpo" if kind == "cdpo" else "dpo")
     if kind == "sft":
         batches = [data.sft_batch(tokens, rows, "all").to(device) for rows in work.batches]
@@ -167,10 +165,7 @@ def rectangle_sft(work):
 
 def theirs(work):
     """transformers' model of this shape, random."""
-    try:
-        import transformers   # an oracle, not needed to run what is measured
-    except ImportError:
-        raise InputError(f"transformers is not installed: {INSTALL}") from None
+    import transformers
     c, device = gpt.SIZES[work.model], runs.setup(runs.Config(device=work.device))[0]
     config = transformers.GPT2Config(
         n_positions=c.block_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -201,14 +196,11 @@ def transformers_sft(work):
 def trl_run(work, kind, rows, best, rank=0):
     """A trl trainer over these rows in this order. best: without activation checkpointing and, in DPO, with the reference's
     log-probabilities computed before; else its defaults, but in fp32."""
-    try:
-        import datasets
-        import peft
-        import tokenizers
-        import transformers
-        import trl
-    except ImportError:
-        raise InputError(f"trl and peft are not installed: {INSTALL}") from None
+    import datasets   # these are installed for a comparison alone
+    import peft
+    import tokenizers
+    import transformers
+    import trl
     (model, device), eot, began, took = theirs(work), "<|endoftext|>", [], []
     words = {str(i): i for i in range(model.config.vocab_size - 1)} | {eot: model.config.vocab_size - 1}
     tokenizer = transformers.PreTrainedTokenizerFast(

@@ -3,11 +3,11 @@ studies/bench.py: what is timed is what it says, and the table adds up. No time 
 
     python -m pytest -q tests/test_bench.py
 """
+import importlib.util
 import itertools
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def test_the_readme_has_the_measured_tables():
     readme = (HERE / "README.md").read_text()
     files = {"generate": "results/generate.json", "plan": "results/bench/plan.json", "lora": "results/ranks/cost-gpt2.json",
              "lora-dpo": "results/ranks/cost-dpo-gpt2-medium.json",
-             **{what: f"results/bench/{what}.json" for what in ("dpo", "dpo-lora", "sft", "cdpo", "cdpo-head")}}
+             **{what: f"results/bench/{what}.json" for what in ("dpo", "dpo-lora", "sft", "cdpo", "cdpo-head", "checkpointing")}}
     for what, path in files.items():
         found = json.loads((HERE / path).read_text())
         text = (bench.generation_table(found) if what == "generate" else bench.planned_table(found["rows"]) if what == "plan" else
@@ -113,10 +113,16 @@ def test_bad_flags_are_one_line_before_any_work(monkeypatch, flags, named):
     assert "\n" not in str(e.value)
 
 
-def test_generate_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match="generate is measured against transformers: pip install"):
-        bench.main(["generate", "--model", "mini"])
+@pytest.mark.parametrize("what, missing", [("dpo", "trl"), ("dpo-lora", "trl and peft"), ("sft", "trl"),
+                                           ("generate", "transformers")])
+def test_what_is_not_installed_is_one_line_before_any_work(monkeypatch, what, missing):
+    real, gone = importlib.util.find_spec, missing.split(" and ")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name) or "here")
+    for work in ("against", "generation"):
+        monkeypatch.setattr(bench, work, None)
+    with pytest.raises(InputError, match=f"^{what} is measured against {missing}, not installed: pip install -r req"):
+        bench.main([what, "--model", "mini", "--data", "minihh"])
+
 
 # ---- against others
 
@@ -191,6 +197,21 @@ def test_the_reference_stays_where_the_policy_moves(work, monkeypatch, kind, ran
     assert kind == "dpo" or torch.equal(head, last) and head.data_ptr() != model.wte.weight.data_ptr()
 
 
+def test_a_checkpointed_side_runs_its_blocks_again(work, monkeypatch):
+    """Two blocks in three micro-batches and in the reference's pass over nine pairs, and with checkpoints twice in the former."""
+    calls, real = [], gpt.Block.forward
+    monkeypatch.setattr(gpt.Block, "forward", lambda self, *arguments, **options: calls.append(self) or real(
+        self, *arguments, **options))
+    monkeypatch.setenv("HF_HOME", "somewhere")
+    found = []
+    for checkpointing in (False, True):
+        run, _ = rivals.ours(work, "dpo", checkpointing=checkpointing)
+        calls.clear()
+        run()
+        found.append(len(calls))
+    assert found == [6, 12]
+
+
 def test_the_machines_rate_by_hand(monkeypatch):
     """A product of (1370, 768) by (768, 3072) in one second; a repetition's rate is the mean of those before and after."""
     now = iter(range(1000))
@@ -246,15 +267,6 @@ def killed(work):
     bench.os._exit(9)
 
 
-@pytest.mark.parametrize("name, side", [("transformers", lambda work: rivals.transformers_sft(work)),
-                                        ("trl", lambda work: rivals.trl_sft(work, True)),
-                                        ("peft", lambda work: rivals.trl_dpo(work, True, 8))])
-def test_what_is_not_installed_is_one_line(work, monkeypatch, name, side):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match="not installed: pip install -r requirements-dev.txt trl -c constraints.txt"):
-        side(work)
-
-
 def test_transformers_side_runs(work):
     run, _ = rivals.transformers_sft(work)
     assert len(run()) == 2
@@ -280,6 +292,7 @@ def test_every_side_is_run_in_every_round_on_its_work(work, monkeypatch, tmp_pat
     """Sides take turns; the units are what the timed micro-batches hold. What is written makes the table that is printed."""
     seen = []
     monkeypatch.setattr(bench.rivals, "work", lambda *_, **__: work)
+    monkeypatch.setattr(bench, "NEEDED", {})
     monkeypatch.setattr(bench, "repetition", lambda side, given: seen.append((side, given)) or {
         "seconds": [1.0, 3.0], "peak_bytes": 2e9})
     bench.main([what, "--model", "mini", "--device", "cpu", "--tokens", "40", "--rounds", "2", "--out",
