@@ -158,8 +158,13 @@ def command_line(main, Config):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
+    one_line(lambda: main(parse(Config)))
+
+
+def one_line(program):
+    """Run a program. What goes wrong for a reason outside the code is one line, and exit status 2, or 130 when interrupted."""
     try:
-        main(parse(Config))
+        program()
     except InputError as e:
         sys.exit(_fail(str(e)))
     except torch.OutOfMemoryError:

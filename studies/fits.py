@@ -18,6 +18,7 @@ import numpy as np
 import data
 import model as gpt
 import plan
+import runs
 import train_dpo
 import train_sft
 from files import InputError
@@ -85,11 +86,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    runs.one_line(main)

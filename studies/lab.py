@@ -16,6 +16,7 @@ from pathlib import Path
 
 import plots
 from files import InputError, write_atomically
+from runs import one_line
 
 HERE = Path(__file__).parent.parent
 
@@ -170,7 +171,8 @@ def command_line(doc, results, lab, work, report):
     parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
     parser.add_argument("--results", default=results, help="folder of the results")
     options = parser.parse_args()
-    try:
+
+    def study():
         if not options.minutes > 0:
             raise InputError(f"--minutes: expected a number above 0, found {options.minutes}")
         found = lab(options.results)
@@ -180,6 +182,4 @@ def command_line(doc, results, lab, work, report):
             signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
             work(found)
         report(found)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    one_line(study)

@@ -5,12 +5,12 @@ Where the time of a training step goes, by operator: torch's profiler around the
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
 import model as gpt
+import runs
 from files import InputError
 from studies import rivals
 
@@ -66,11 +66,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    runs.one_line(main)
