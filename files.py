@@ -2,15 +2,19 @@
 Bytes in and out: safe tensor files, checkpoints, downloads. Nothing here knows what a GPT is.
 
 A file that we write is whole or not there: it gets another name, is synced, then renamed. A file that we read is
-never executed: torch files load with weights_only=True, safetensors are a JSON header and raw numbers.
+never executed: torch files load with weights_only=True, safetensors are a JSON header and raw numbers. Nor does reading it take
+much more memory than the file is large, whatever it says of itself.
 """
+import contextlib
 import errno
+import fcntl
 import hashlib
 import http.client
 import json
 import math
 import os
 import pickle
+import re
 import struct
 import sys
 import urllib.error
@@ -45,20 +49,27 @@ def read_safetensors(path):
                     if not all(type(x) is int and 0 <= x < 2**63 for x in (start, end, *shape)):
                         raise ValueError(f"{key} {shape} at bytes {start} to {end}")
                     spans[key] = DTYPES[t["dtype"]], shape, start, end
+            written_with = header.get("__metadata__", {}).get("sha256")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"{path}: unreadable safetensors header ({e!r})") from None
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
-    state = {}
-    for key, (dtype, shape, start, end) in spans.items():
-        if not start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
-            raise InputError(f"{path}: {key} {shape} at bytes {start} to {end} of {len(data)}: the file is cut off or damaged")
-        state[key] = data[start:end].clone().view(dtype).reshape(shape)
+            raise InputError(f"{path}: unreadable safetensors header ({str(e)[:200]!r})") from None
+    data, behind, state = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:], 0, {}
+    for key, (dtype, shape, start, end) in sorted(spans.items(), key=lambda item: item[1][2:]):   # one behind the other: many in
+        # one place would need more memory than the file has bytes
+        if not behind == start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize or len(shape) > 8:
+            raise InputError(f"{path}: {key[:80]} {shape[:8]} at bytes {start} to {end} of {len(data)}, expected from {behind}: "
+                             "the file is cut off or damaged")
+        state[key], behind = data[start:end].clone().view(dtype).reshape(shape), end
+    if behind != len(data):
+        raise InputError(f"{path}: {len(data) - behind} bytes behind the last tensor: damaged, or not safetensors")
+    state = {key: state[key] for key in spans}   # in the header's order
+    if written_with is not None and written_with != fingerprint(state):
+        raise InputError(f"{path}: damaged: the SHA-256 of its tensors is not the one it was written with")
     return state
 
 
 def write_safetensors(path, state):
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    header, chunks, offset = {"__metadata__": {"format": "pt"}}, [], 0
+    header, chunks, offset = {"__metadata__": {"format": "pt", "sha256": fingerprint(state)}}, [], 0
     for key, t in state.items():
         t = t.detach().cpu().contiguous()
         header[key] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
@@ -74,21 +85,63 @@ def tensor_bytes(t):
     return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def write_atomically(path, *chunks):
-    """All bytes on disk under another name first, then renamed: a file is whole or not there."""
+@contextlib.contextmanager
+def named(path):
+    """An error of the disk names the file, which Python's own does only where a file is opened."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), e.filename or str(path)) from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which takes the place of `path` once all of it is on disk. After an error nothing has changed."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
+    try:
+        with named(part), open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):   # a disk that is full should not stay so
+            part.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)   # the new name is on disk, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path, *chunks):
+    """All bytes on disk under another name first, then renamed: a file is whole or not there."""
+    with replacing(path) as f:
         for chunk in chunks:
             f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+
+
+def append(path, text):
+    """All of the text behind the end of the file, or nothing."""
+    blob = text.encode()
+    with named(path), open(path, "ab", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        try:
+            written = f.write(blob)
+            if written < len(blob):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 def read_json(path):
     try:
         found = json.loads(Path(path).read_text())
+    except RecursionError:
+        raise InputError(f"{path}: not JSON that can be read (nested too deeply)") from None
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e})") from None
     if not isinstance(found, dict):
@@ -97,22 +150,69 @@ def read_json(path):
 
 
 # What torch's reader and the unpickler raise on bytes that are not what they expect.
-DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error,
+DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, MemoryError, struct.error,
           pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def torch_load(path):
     """torch.load that runs no code from the file; a cut-off, damaged or foreign file is one clear error."""
     try:
+        _check_zip(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except (*DAMAGE, OSError) as e:
         if isinstance(e, OSError) and e.errno != errno.EINVAL:   # torch's reader seeks in vain in a large file that is cut off
             raise
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        if code and isinstance(e, pickle.UnpicklingError):
+            raise InputError(f"{path}: holds code, {code[1][:80]}, which is never run: not a file of plain tensors") from None
         first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__).strip().split(". ")[0]
         raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first[:120]})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
+    _check_plain(path, found)
     return found
+
+
+def _check_zip(path):
+    """torch's files are zip archives with nothing compressed; one that were could unpack to any size."""
+    with open(path, "rb") as f:
+        if f.read(4) != b"PK\x03\x04":   # an older format, a pickle and raw numbers
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise InputError(f"{path}: a compressed archive, which torch does not write: not a file of plain tensors")
+    if sum(entry.file_size for entry in entries) > path_size(path):
+        raise InputError(f"{path}: damaged: its entries are larger than the file")
+
+
+def _check_plain(path, tree, depth=0):
+    """Only dictionaries, lists, plain values, and tensors that have their numbers in the file: no other kind that the unpickler
+    would make, none that is one number spread over a shape of any size."""
+    if depth > 8:
+        raise InputError(f"{path}: expected a dictionary of tensors, found one that is nested too deeply")
+    if isinstance(tree, torch.Tensor):
+        plain = (type(tree) in (torch.Tensor, torch.nn.Parameter) and tree.layout == torch.strided and tree.device.type == "cpu"
+                 and not tree.is_quantized and not tree.is_nested and tree.nbytes <= tree.untyped_storage().nbytes())
+        if not plain or tree.untyped_storage().nbytes() > path_size(path):
+            raise InputError(f"{path}: expected plain tensors, found one of shape {str(tuple(tree.shape))[:80]} that the file "
+                             "does not hold")
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            if type(key) not in (str, int):
+                raise InputError(f"{path}: expected names of tensors, found {repr(key)[:80]}")
+            _check_plain(path, value, depth + 1)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            _check_plain(path, value, depth + 1)
+    elif not isinstance(tree, (str, int, float, type(None))):
+        raise InputError(f"{path}: expected tensors and plain values, found {type(tree).__name__}")
+
+
+def path_size(path):
+    return Path(path).stat().st_size
 
 
 def fingerprint(tree):
@@ -135,13 +235,13 @@ def fingerprint(tree):
 
 def write_checkpoint(path, checkpoint):
     """A dictionary of tensors and plain values, with the SHA-256 of its content, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        torch.save({**checkpoint, "sha256": fingerprint(checkpoint)}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    with replacing(path) as f:
+        try:
+            torch.save({**checkpoint, "sha256": fingerprint(checkpoint)}, f)
+        except RuntimeError as e:   # torch's word for a full disk
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
+            raise
 
 
 def read_checkpoint(path, keys=("model", "model_config")):
@@ -179,6 +279,17 @@ def download(path):
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)   # two processes would write into one another's file
+        if not target.is_file():
+            _download(url, target)
+    finally:
+        os.close(folder)
+    return target
+
+
+def _download(url, target):
     part = target.with_name(target.name + ".part")
     print(f"downloading {url}", file=sys.stderr)
     for _ in range(3):
@@ -191,12 +302,12 @@ def download(path):
             if e.code == 416:   # what we have is longer than the file: start again
                 part.unlink(missing_ok=True)
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as e:   # ValueError: not a URL
-            if isinstance(e, OSError) and e.errno == 28:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
                 raise
             problem = str(getattr(e, "reason", e))
         if problem is None:
             os.replace(part, target)
-            return target
+            return
     raise InputError(f"{url}: {problem}. Nothing was kept as whole; without a network use --init mini, --data minihh or a "
                      "local path")
 
@@ -214,6 +325,8 @@ def _fetch(url, part):
         with open(part, "ab" if have else "wb") as f:
             while chunk := answer.read(1 << 20):
                 f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
     found = part.stat().st_size
     if size is not None and found != int(size):
         return f"{found} of {size} bytes arrived"

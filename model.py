@@ -16,6 +16,7 @@ vocabulary matrix meets only the positions that are scored (losses.py).
 import contextlib
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -464,22 +465,41 @@ def _read(name):
     if name in HUB_NAMES:
         return from_folder(download_model(HUB_NAMES[name]))
     if name.startswith("hf:"):
+        if not re.fullmatch(r"hf:(?!\.+/)[\w.-]+/(?!\.+$)[\w.-]+", name):   # a part `..` would leave the cache's folder
+            raise InputError(f"{name}: expected hf:OWNER/REPOSITORY, letters, digits, dots and hyphens")
         return from_folder(download_model(name.removeprefix("hf:")))
     if path.is_file() or (path / "best.pt").is_file():
         checkpoint = read_checkpoint(path if path.is_file() else path / "best.pt")
-        if checkpoint["model_config"].keys() != asdict(GPTConfig()).keys():
-            raise InputError(f"{name}: a checkpoint of another version, with {', '.join(checkpoint['model_config'])}")
-        if "wte.weight" not in checkpoint["model"]:
+        config, state = checkpoint["model_config"], checkpoint["model"]
+        if not isinstance(config, dict) or config.keys() != asdict(GPTConfig()).keys():
+            raise InputError(f"{name}: a checkpoint of another version, its model_config holds {str(list(config))[:80]}"
+                             if isinstance(config, dict) else f"{name}: expected model_config to be a dictionary")
+        if not isinstance(state, dict) or "wte.weight" not in state:
             raise InputError(f"{name}: holds only what a LoRA run trains: give the run's folder, whose best.pt is merged")
-        return GPTConfig(**checkpoint["model_config"]), checkpoint["model"]
+        if not (type(config["dropout"]) in (int, float) and 0 <= config["dropout"] < 1):
+            raise InputError(f"{name}: expected a dropout from 0 to below 1, found {str(config['dropout'])[:40]}")
+        return _sizes(name, config), state
     if path.is_dir():
         return from_folder(path)
     raise InputError(f"no model {name!r}: expected {', '.join(SIZES)}, a run folder, a checkpoint, a Hugging Face GPT-2 folder, "
                      "or hf:OWNER/REPOSITORY")
 
 
+def _sizes(source, config):
+    """A GPTConfig of a dictionary from a file."""
+    if not all(type(config[key]) is int and 0 < config[key] < 2 ** 31 for key in config if key != "dropout"):
+        raise InputError(f"{source}: expected whole numbers above 0, found {str(config)[:200]}")
+    return GPTConfig(**config)
+
+
 def build(config, state, source, kind=GPT):
-    """A model that takes over the tensors of `state`: no random initialisation, every key and shape accounted for."""
+    """A model that takes over the tensors of `state`: no random initialisation, every key, shape and dtype accounted for."""
+    kinds = [key for key, t in state.items() if not (isinstance(t, torch.Tensor) and t.dtype in FLOATS)]
+    if kinds:
+        raise InputError(f"{source}: expected floating-point numbers, found {kinds[0][:80]} of "
+                         f"{getattr(state[kinds[0]], 'dtype', type(state[kinds[0]]).__name__)}")
+    if config.n_layer > len(state):   # before so many are built
+        raise InputError(f"{source}: {len(state)} tensors do not make {config.n_layer} layers")
     with torch.device("meta"):
         head = state.get("reward_head.weight")
         model = GPT(config) if kind is GPT else kind(config, head is not None and head.shape[1:] == (config.n_embd + 1,))
@@ -494,6 +514,9 @@ def build(config, state, source, kind=GPT):
         raise InputError(f"{source}: {broken[0]} holds numbers that are not finite")
     model.load_state_dict({key: t.float() for key, t in state.items()}, strict=True, assign=True)
     return model.requires_grad_(True)
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_conv1d(key):
@@ -513,9 +536,7 @@ def from_folder(folder):
             raise InputError(f"{folder}/config.json: expected {key} {value!r}, found {config.get(key)!r}")
     sizes = {"n_positions": config.get("n_positions", config.get("n_ctx", 1024)),
              **{key: config.get(key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}}
-    if not all(type(n) is int and n > 0 for n in sizes.values()):
-        raise InputError(f"{folder}/config.json: expected whole numbers above 0, found {sizes}")
-    config = GPTConfig(*sizes.values())
+    config = _sizes(f"{folder}/config.json", {"block_size": sizes.pop("n_positions"), **sizes})
     safe = folder / "model.safetensors"
     state = read_safetensors(safe) if safe.is_file() else torch_load(folder / "pytorch_model.bin")
     if not all(isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()):
