@@ -37,7 +37,7 @@ class Config:
     max_new_tokens: int = 256              # per answer, half of the context at most
     seed: int = 1                          # of the samples
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
 
 
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])   # all but tab and newline: no model moves the cursor

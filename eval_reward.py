@@ -57,7 +57,7 @@ class Config:
     show: int = 4                                                 # prompts whose answers are printed
     seed: int = 1                                                 # of the sampled answers
     device: str = "auto"                                          # auto, cpu, cuda, cuda:1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"        # autocast; auto is bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"        # autocast; auto is bfloat16 on a GPU that has it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # judges: functions from lists of prompts and answers, as text, to an array of rewards

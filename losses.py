@@ -63,7 +63,8 @@ class _Gradient:
     adds to that of the matrix, with d (s, V) the gradient at the logits."""
 
     def __init__(self, hidden, weight, dtype, want_hidden, want_weight):
-        self.inputs, self.dtype, self.want_weight = (hidden, weight), dtype, want_weight
+        self.inputs, self.want_weight = (hidden, weight), want_weight
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype   # its smallest number, 6e-8, is too large for many of d
         self.hidden = torch.empty_like(hidden) if want_hidden else None
         self.weight = None
 

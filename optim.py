@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
+import parallel
 from files import InputError
 
 
@@ -388,3 +389,62 @@ def clip(model, largest):
     if largest:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
     return norm.item()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one step of a training script
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is no number. rows: of the training pairs that it came from."""
+
+    def __init__(self, message, rows):
+        super().__init__(message)
+        self.rows = rows
+
+
+def accumulated_step(model, optimizer, losses, rows, per_update, grad_clip=0.0, scaler=None):
+    """One step of K micro-batches, which is K / per_update updates.
+
+    losses: an iterator over K tuples (loss, more numbers ...), each a micro-batch's share of the step's mean; plain zeros where
+    this process has no row of it. rows: those of each micro-batch. scaler: of float16, whose gradients would vanish unscaled; an
+    update whose scaled gradient overflows is left out, and the scale halved. -> (the tuples' sum, over all processes too; the
+    gradient norms of the updates that were done). Raises NotFinite, with the weights as they were before the update.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    K, sums, norms = len(rows), (), []
+    for k, (loss, *others) in enumerate(losses, 1):
+        # a share of the mean of all K; where each is an update of its own (PMA, AGMA), that micro-batch's own mean
+        if loss.requires_grad:
+            scaler.scale(loss * (K // per_update)).backward()
+        values = [x.item() for x in (loss, *others)]
+        if not math.isfinite(values[0]):
+            raise NotFinite(f"the loss is {values[0]}", rows[k - 1])
+        sums = [a + b for a, b in zip(sums or [0.0] * len(values), values)]
+        if k % per_update:
+            continue
+        if parallel.size() > 1:
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            parallel.sum_gradients([p.grad for p in trained])
+        scaler.unscale_(optimizer)
+        norm = clip(model, grad_clip)
+        if math.isfinite(norm):
+            optimizer.step()
+            norms.append(norm)
+        elif not scaler.get_scale() > 1:   # also without a scaler
+            raise NotFinite(f"the gradient's norm is {norm}", [row for k in range(k - per_update, k) for row in rows[k]])
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return parallel.total(*sums), norms
+
+
+def state_form(name, betas, accumulate, params):
+    """What the optimizer `name` keeps of these parameters once it has stepped, as in its state_dict()["state"], with tensors that
+    have no numbers: to hold a file against."""
+    tiny = torch.nn.Linear(1, 1, bias=False)
+    optimizer = make(name, tiny, 1e-3, betas, 0.0, accumulate)
+    tiny.weight.grad = torch.zeros_like(tiny.weight)
+    optimizer.step()
+    kept = optimizer.state_dict()["state"].get(0, {})
+    return {i: {key: torch.empty_like(p, device="meta") if torch.is_tensor(x) and x.dim() else x for key, x in kept.items()}
+            for i, p in enumerate(params)}

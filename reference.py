@@ -31,7 +31,8 @@ import lora
 import losses
 from files import InputError, cache_folder, write_atomically
 
-SLACK = {"torch.float32": 1e-4, "torch.bfloat16": 1e-2}   # of a log-probability: above rounding, below what another model says
+# Of a log-probability: above rounding, below what another model says.
+SLACK = {"torch.float32": 1e-4, "torch.bfloat16": 1e-2, "torch.float16": 1e-2}
 
 
 def live(model):
@@ -91,6 +92,8 @@ class Cache:
     def fill(self, rows, size, reference, device, say):
         """Compute what is missing of these pairs, `size` at a time, with a live reference. What was there is held against it on a
         few pairs. say: takes a line of text."""
+        if (self.folder / "logps.npz").is_file():   # another process may have been here
+            self._read(self.folder / "logps.npz")
         missing, need = self.need(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free

@@ -2,6 +2,9 @@
 What every script needs around its loop: flags from a dataclass, device and seed, the run folder, metrics, checkpoints, resume,
 and the progress line.
 
+A run that is killed, at any moment, goes on with --resume to what it would have become: bit for bit on a CPU. last.pt is written
+whole or not at all and says how long the other files were then; what came after it is forgotten and done again.
+
 A run folder holds config.json (every flag, versions, counts), metrics.jsonl (one object an event, append-only), last.pt (to
 resume from: what trains, the optimizer, the generators), best.pt (what the next stage loads: a whole GPT), with --keep-every
 step-N.pt (the same of every N steps), with LoRA adapter.pt (the adapters of best.pt alone), samples.txt and pictures. One process
@@ -13,6 +16,8 @@ import dataclasses
 import fcntl
 import inspect
 import json
+import math
+import os
 import re
 import resource
 import signal
@@ -31,7 +36,11 @@ import numpy
 import tiktoken
 import torch
 
-from files import InputError, read_checkpoint, read_json, write_atomically, write_checkpoint
+import optim
+import parallel
+from files import InputError, append, named, read_checkpoint, read_json, write_atomically, write_checkpoint
+
+FORMAT = 1   # of a run: raised when a run that was begun before could not go on as it began
 
 
 @dataclass
@@ -45,12 +54,12 @@ class Config:
     half: Literal["all", "sft", "preference"] = "all"   # which half of the training pairs; the two halves share no dialogue
     seed: int = 1                             # of weights, data order, dropout and samples
     device: str = "auto"                      # auto, cpu, cuda, cuda:1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # autocast; auto is bfloat16 on a GPU that has it
     dropout: float = 0.0                      # in every block and after the embedding
     steps: int | None = None                  # accumulated steps; wins over --epochs
     epochs: float = 1.0                       # passes over the training pairs
     stop_at: int | None = None                # stop after this step as if interrupted, to be resumed
-    micro_batch: int = 32                     # examples in one forward and backward pass
+    micro_batch: int = 32                     # examples in one forward and backward pass, of each process
     accumulate: int = 1                       # micro-batches per step
     block_size: int | None = None             # context in tokens; the model's own unless given
     optimizer: str = "adamw"                  # a name in optim.OPTIMIZERS
@@ -104,7 +113,8 @@ def parse(Config, argv=None):
     cfg = Config(**typed)
     if getattr(cfg, "resume", False):
         stored = Run(cfg).stored_flags()
-        cfg = Config(**{**stored, "overwrite": False, "stop_at": None, **{key: typed[key] for key in MAY_CHANGE if key in typed}})
+        cfg = Config(**{**stored, "overwrite": False, "stop_at": None, "dry_run": False, "out": cfg.out,
+                        **{key: typed[key] for key in MAY_CHANGE if key in typed}})
         check_same(cfg.out, stored, {key: value for key, value in typed.items() if key not in MAY_CHANGE})
     return cfg
 
@@ -158,7 +168,11 @@ def command_line(main, Config):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
-    one_line(lambda: main(parse(Config)))
+    def program():
+        parallel.join()
+        main(parse(Config))
+        parallel.leave()
+    one_line(program)
 
 
 def one_line(program):
@@ -177,7 +191,7 @@ def one_line(program):
 
 
 def _fail(message):
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,6 +200,8 @@ def _fail(message):
 def setup(cfg):
     """Seed torch; return the device and a function that makes the autocast context for a forward pass."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.size() > 1:
+        name = f"cuda:{parallel.local_rank()}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -193,9 +209,16 @@ def setup(cfg):
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name}: expected cpu, cuda or mps")
     torch.manual_seed(cfg.seed)
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and auto
-    return device, (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else contextlib.nullcontext
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.dtype == "bfloat16" and not has_bf16:
+        raise InputError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it: try float16")
+    if cfg.dtype == "float16" and device.type == "mps":
+        raise InputError("--dtype float16: expected --device cuda, or cpu, where it is slow")
+    if cfg.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
+    else:
+        dtype = getattr(torch, cfg.dtype)
+    return device, contextlib.nullcontext if dtype == torch.float32 else (lambda: torch.autocast(device.type, dtype))
 
 
 def rehearse(losses, optimizer, state, device):
@@ -203,125 +226,195 @@ def rehearse(losses, optimizer, state, device):
     does not fit fails before the first step. Draws nothing from torch's generators that a later draw would miss."""
     with torch.random.fork_rng():
         held = torch.empty(state, dtype=torch.uint8, device=device)
-        next(losses).backward()
+        if (loss := next(losses)).requires_grad:   # else this process has no row of it
+            loss.backward()
+        del loss
         optimizer.zero_grad(set_to_none=True)
         del held
 
 
 def count_steps(cfg, examples):
     """--steps, or what --epochs comes to."""
-    return cfg.steps if cfg.steps is not None else max(1, round(cfg.epochs * examples / (cfg.micro_batch * cfg.accumulate)))
+    return cfg.steps if cfg.steps is not None else max(1, round(cfg.epochs * examples / step_size(cfg)))
+
+
+def step_size(cfg):
+    """Examples in an accumulated step."""
+    return cfg.micro_batch * parallel.size() * cfg.accumulate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
 OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "adapter.pt", "step-*.pt", "loss.png",
         "accuracy.png", "calibration.png", "variance.png", "variance-time.png")
-RESUMABLE = {"optimizer", "rng", "offsets", "at", "best", "last_evaluation", "final", "init_sha256", "data_sha256"}
 
 
 class Run:
-    """One run: its folder, its counters, its checkpoints. Making a Run only looks; begin() is the first thing that writes.
+    """One run: its folder, its counters, its checkpoints. Making a Run only looks; begin() is the first thing that writes. Of
+    several processes the first one alone evaluates and writes.
 
     at      the counters that every line of metrics starts with
     final   what the last evaluation found
     """
 
     def __init__(self, cfg):
-        self.cfg, self.path = cfg, Path(cfg.out)
+        self.cfg, self.path, self.writes = cfg, Path(cfg.out), parallel.rank() == 0
         self.at = {"step": 0, "updates": 0, "micro_step": 0, "samples": 0, "tokens": 0, "flops": 0, "seconds": 0.0}
+        if cfg.dtype == "float16":
+            self.at["skipped"] = 0   # updates left out, since the scaled gradient overflowed
         self.best, self.last_evaluation, self.final, self.stop, self.draw_after = float("inf"), -1, {}, False, 0.0
+        self.handlers, self.saved = {}, None
         if cfg.resume and cfg.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         self._refuse_used()
         if cfg.overwrite and self.path.resolve() in (Path(cfg.init).resolve(), Path(cfg.init).resolve().parent):
             raise InputError(f"--overwrite of {self.path} would delete --init {cfg.init}: choose another --out")
-        if cfg.resume and not (self.path / "last.pt").is_file():
-            raise InputError(f"{self.path} holds no last.pt to resume from")
+        if cfg.resume and not (self.path / "config.json").is_file():
+            raise InputError(f"{self.path} holds no run to resume: there is no config.json")
 
     def _refuse_used(self):
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out {self.path} is a file: expected a folder, or a name for a new one")
         if (self.path / "scores.json").exists():
             raise InputError(f"{self.path} holds an evaluation: choose another --out")
         used = [f for f in OURS if any(self.path.glob(f))]
         if used and not (self.cfg.resume or self.cfg.overwrite):
             raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
+        other = sorted(f.name for f in self.path.glob("*") if f.name != "lock" and not f.name.endswith(".part"))
+        if other and not used:
+            raise InputError(f"{self.path} holds other files ({other[0]}), and no run: choose another --out")
 
     def stored_flags(self):
-        flags = read_json(self.path / "config.json").get("flags")
-        if not isinstance(flags, dict) or flags.keys() != {f.name for f in dataclasses.fields(self.cfg)}:
-            raise InputError(f"{self.path}/config.json: its flags are not those of this script and version")
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+        """The flags of the run in the folder, if they are of this script and this version."""
+        config, hints = read_json(self.path / "config.json"), typing.get_type_hints(type(self.cfg))
+        flags, script = config.get("flags"), script_of(self.cfg)
+        if config.get("script") != script:
+            raise InputError(f"{self.path}/config.json: a run of {config.get('script')}, not of {script}")
+        if not isinstance(flags, dict):
+            raise InputError(f"{self.path}/config.json: its flags are not there")
+        differ = [f"it has no --{name.replace('_', '-')}" for name in hints if name not in flags]
+        differ += [f"it has --{name.replace('_', '-')}" for name in flags if name not in hints]
+        if config.get("format") != FORMAT:
+            differ.insert(0, f"its format is {config.get('format')}, now {FORMAT}")
+        if differ:
+            raise InputError(f"{self.path} is a run of another version of this code: {'; '.join(differ)}")
+        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+        wrong = [name for name, value in flags.items() if not fits(value, hints[name])]
+        if wrong:
+            raise InputError(f"{self.path}/config.json: {wrong[0]} is {str(flags[wrong[0]])[:40]!r}, which is no value of "
+                             f"--{wrong[0].replace('_', '-')}")
+        return flags
 
     def begin(self, model, optimizer, steps, **facts):
         """Take the folder: lock it, then clear it, or with --resume put everything back to where last.pt was written. `facts`
         go into config.json. From here on Ctrl-C ends the run after the step in hand, with a checkpoint."""
-        self.steps, checkpoint, offsets = steps, None, {}
+        self.steps, checkpoint, offsets, device = steps, None, {}, model.wte.weight.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.cfg.dtype == "float16")
+        self.identity = {key: facts[key] for key in ("init_sha256", "data_sha256")} | {
+            "device": device, "processes": parallel.size()}
+        parallel.start_equal(model, **{key: facts[key] for key in ("init_sha256", "data_sha256")})
+        if parallel.rank():
+            torch.manual_seed(self.cfg.seed + 1_000_003 * parallel.rank())   # its own dropout
         if self.cfg.resume:
             given = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE}
             check_same(self.path, self.stored_flags(), given)
-            checkpoint = read_checkpoint(self.path / "last.pt")
-            missing = {key for key in RESUMABLE if key not in checkpoint} | trained(model).keys() - checkpoint["model"].keys()
-            if missing:
-                raise InputError(f"{self.path}/last.pt is no checkpoint to resume from: it has no {', '.join(sorted(missing))}")
-            for key, what in (("init_sha256", f"--init {self.cfg.init}"), ("data_sha256", f"--data {self.cfg.data}")):
-                if checkpoint[key] != facts[key]:
-                    raise InputError(f"{self.path} cannot be resumed: {what} is not what it was when the run began")
-            offsets = checkpoint["offsets"]
-            for name, size in offsets.items():
-                if not (self.path / name).is_file() or (self.path / name).stat().st_size < size:
-                    raise InputError(f"{self.path}/{name} is shorter than when last.pt was written: the run cannot be resumed")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / "lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.path}: another process is writing this run") from None
+            if (self.path / "last.pt").is_file():
+                checkpoint = self._read_last(model, optimizer)
+                offsets = checkpoint["offsets"]
+        if self.writes:
+            with named(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.path / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.path}: another process is writing this run") from None
         if checkpoint:
             for name, p in trained(model).items():
                 p.copy_(checkpoint["model"][name])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            _set_rng_state(checkpoint["rng"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            set_rng_state(checkpoint["rng"][parallel.rank()], model.wte.weight.device, self.path / "last.pt")
             for key in ("at", "best", "last_evaluation", "final"):
                 setattr(self, key, checkpoint[key])
+            self.saved = self.at["step"]
             self.say(f"resumed at step {self.at['step']} of {steps}")
-        else:
-            self._refuse_used()   # another process may have come first
-            for name in OURS:
-                for file in (*self.path.glob(name), *self.path.glob(f"{name}.part")):
-                    file.unlink(missing_ok=True)
-        for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
-            with open(self.path / name, "ab") as f:
-                f.truncate(offsets.get(name, 0))
-        self.hashes = {key: facts[key] for key in ("init_sha256", "data_sha256")}
+        elif self.cfg.resume:
+            self.say("there is no last.pt yet: from the beginning")
+        if self.writes:
+            if not checkpoint:
+                self._refuse_used()   # another process may have come first
+                for name in OURS:     # config.json first: what is left of the old run then cannot be taken for one
+                    for file in (*self.path.glob(name), *self.path.glob(f"{name}.part")):
+                        file.unlink(missing_ok=True)
+            modules = (torch, numpy, tiktoken, matplotlib)
+            write_atomically(self.path / "config.json", json.dumps({
+                "script": script_of(self.cfg), "format": FORMAT, "flags": dataclasses.asdict(self.cfg), "steps": steps,
+                "model": dataclasses.asdict(model.config), **facts, "processes": parallel.size(),
+                "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
+                "commit": commit()}, indent=2).encode())
+            for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
+                with named(self.path / name), open(self.path / name, "ab") as f:
+                    f.truncate(offsets.get(name, 0))
         self.began_at, self.began = self.at["step"], time.time()
-        modules = (torch, numpy, tiktoken, matplotlib)
-        write_atomically(self.path / "config.json", json.dumps({
-            "script": Path(inspect.getfile(type(self.cfg))).name, "flags": dataclasses.asdict(self.cfg), "steps": steps,
-            "model": dataclasses.asdict(model.config), **facts,
-            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
-            "commit": commit()}, indent=2).encode())
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _read_last(self, model, optimizer):
+        """last.pt, if it is of a run like this one in every respect."""
+        path = self.path / "last.pt"
+        checkpoint, expected = read_checkpoint(path), self._state(model, optimizer)
+        missing = sorted(expected.keys() - checkpoint.keys())
+        if missing:
+            raise InputError(f"{path} is no checkpoint to resume this run from: it has no {', '.join(missing)}")
+        for key, now in self.identity.items():
+            if checkpoint[key] != now:
+                flag = {"init_sha256": "init", "data_sha256": "data"}.get(key)
+                raise InputError(f"{self.path} cannot be resumed: " + (
+                    f"--{flag} {getattr(self.cfg, flag)} is not what it was when the run began" if flag else
+                    f"its {key} was {str(checkpoint[key])[:40]}, now {now}"))
+        if isinstance(checkpoint["optimizer"], dict) and checkpoint["optimizer"].get("state"):   # none before the first step
+            expected["optimizer"]["state"] = optim.state_form(self.cfg.optimizer, self.cfg.betas, self.cfg.accumulate, [
+                p for group in optimizer.param_groups for p in group["params"]])
+        if isinstance(checkpoint["final"], dict):
+            expected["final"] = checkpoint["final"]
+        expected["rng"] *= parallel.size()
+        wrong = unlike(checkpoint, expected) or (min(checkpoint["at"].values()) < 0 and "at: a counter below 0")
+        if wrong:
+            raise InputError(f"{path} is no checkpoint to resume this run from: {wrong}")
+        for name, size in checkpoint["offsets"].items():
+            if not (self.path / name).is_file() or (self.path / name).stat().st_size < size:
+                raise InputError(f"{self.path}/{name} is shorter than when last.pt was written: the run cannot be resumed")
+        return checkpoint
+
+    def _state(self, model, optimizer):
+        """What last.pt holds, with the generators of this process alone."""
+        offsets = {name: (self.path / name).stat().st_size if (self.path / name).is_file() else 0
+                   for name in ("metrics.jsonl", "samples.txt")}
+        return {"model": trained(model), "model_config": dataclasses.asdict(model.config), "optimizer": optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": [rng_state(model.wte.weight.device)], "offsets": offsets,
+                "at": self.at, "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final, **self.identity}
 
     def _interrupt(self, number, frame):
         if self.stop:   # the second time: at once
             raise KeyboardInterrupt
         self.stop = True
-        print("\nstopping after this step ...", file=sys.stderr)
+        with contextlib.suppress(OSError):   # not print: it may be what was interrupted
+            os.write(2, b"\nstopping after this step ...\n")
 
     # -- the loop asks and tells ---------------------------------------------------------------------------------------
 
     def evaluation_due(self):
         step = self.at["step"]
-        return step > self.last_evaluation and (step % self.cfg.eval_every == 0 or step == self.steps)
+        return self.writes and step > self.last_evaluation and (step % self.cfg.eval_every == 0 or step == self.steps)
 
     def evaluated(self, key, found, samples):
         """Keep what an evaluation found; whether it has the lowest `key` so far, and is to be kept with keep_best."""
+        if not math.isfinite(found[key]):
+            raise self._broken(f"{key} is {found[key]}")
         self.final, self.last_evaluation = found, self.at["step"]
         self._log(**found, peak_memory=peak_memory())
-        with open(self.path / "samples.txt", "a", encoding="utf-8") as f:
-            f.write(f"=== step {self.at['step']}\n{samples}")
+        append(self.path / "samples.txt", f"=== step {self.at['step']}\n{samples}")
         better = found[key] < self.best
         self.best = min(self.best, found[key])
         return better
@@ -333,11 +426,23 @@ class Run:
         self.keep("best.pt", config, state)
 
     def keep_due(self):
-        return self.cfg.keep_every is not None and self.at["step"] % self.cfg.keep_every == 0
+        return self.writes and self.cfg.keep_every is not None and self.at["step"] % self.cfg.keep_every == 0
 
     def keep(self, name, config, state):
         """A whole model under this name, as load() takes it."""
-        write_checkpoint(self.path / name, {"model": state, "model_config": dataclasses.asdict(config)})
+        self._write(name, {"model": state, "model_config": dataclasses.asdict(config)})
+
+    def _write(self, name, checkpoint):
+        broken = not_finite(checkpoint)
+        if broken:
+            raise self._broken(f"the weights are not finite any more ({broken})")
+        write_checkpoint(self.path / name, checkpoint)
+
+    def _broken(self, what):
+        """The error to raise where a number is none. What the run had taken is given back."""
+        self._give_back()
+        saved = "nothing is saved yet" if self.saved is None else f"{self.path}/last.pt holds step {self.saved}"
+        return InputError(f"step {self.at['step']}: {what}: try a smaller --lr. {saved}")
 
     def draw(self, draw):
         """The pictures again, draw(folder), at the end and as often as takes a thirtieth of the time at most."""
@@ -354,24 +459,39 @@ class Run:
 
     def goes_on(self, model, optimizer):
         """Save last.pt where it is due; whether there is another step to do."""
-        step = self.at["step"]
+        step, self.stop = self.at["step"], parallel.any_of(self.stop)
         ends = step >= self.steps or step == self.cfg.stop_at or self.stop
         if ends or step % (self.cfg.save_every or self.cfg.eval_every) == 0:
-            offsets = {f: (self.path / f).stat().st_size for f in ("metrics.jsonl", "samples.txt")}
-            write_checkpoint(self.path / "last.pt", {
-                "model": trained(model), "model_config": dataclasses.asdict(model.config),
-                "optimizer": optimizer.state_dict(), "rng": _rng_state(), "offsets": offsets, "at": self.at,
-                "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final,
-                **self.hashes})
+            state = self._state(model, optimizer)
+            own, = state["rng"]
+            state["rng"] = [{"cpu": cpu, "cuda": list(cuda)} for cpu, *cuda in
+                            zip(*map(parallel.gathered, (own["cpu"], *own["cuda"])))]
+            if self.writes:
+                self._write("last.pt", state)
+            self.saved = step
         return not ends
 
-    def stepped(self, began, updates, samples, tokens, flops, **values):
-        """Count a step; every --log-every steps a line of metrics and a line of progress."""
-        took, a = time.time() - began, self.at
-        self.at = {"step": a["step"] + 1, "updates": a["updates"] + updates, "micro_step": a["micro_step"] + self.cfg.accumulate,
-                   "samples": a["samples"] + samples, "tokens": a["tokens"] + tokens, "flops": a["flops"] + flops,
-                   "seconds": a["seconds"] + took}
-        if self.at["step"] % self.cfg.log_every == 0:
+    def step(self, model, optimizer, batches, losses):
+        """optim.accumulated_step; a loss or gradient that is no number ends the run before it moves a weight."""
+        rows = [[] if batch is None else batch.rows for batch in batches]
+        per_update = optim.per_update(self.cfg.optimizer, self.cfg.accumulate)
+        try:
+            return optim.accumulated_step(model, optimizer, losses, rows, per_update, self.cfg.grad_clip, self.scaler)
+        except optim.NotFinite as e:
+            raise self._broken(f"{e}, on the training pairs {', '.join(map(str, e.rows))}") from None
+
+    def stepped(self, began, norms, samples, tokens, flops, **values):
+        """Count a step; every --log-every steps a line of metrics and a line of progress. norms: the updates' gradient norms."""
+        took, at, K = time.time() - began, self.at, self.cfg.accumulate
+        samples, tokens, flops = parallel.total(samples, tokens, flops)
+        more = {"step": 1, "updates": len(norms), "micro_step": K, "samples": samples, "tokens": tokens, "flops": flops,
+                "seconds": took, "skipped": K // optim.per_update(self.cfg.optimizer, K) - len(norms)}
+        self.at = {key: at[key] + more[key] for key in at}
+        if norms:
+            values["grad_norm"] = sum(norms) / len(norms)
+        if self.scaler.is_enabled():
+            values["scale"] = self.scaler.get_scale()
+        if self.at["step"] % self.cfg.log_every == 0 and self.writes:
             self._log(**values, tokens_per_second=tokens / took)
             step, steps = self.at["step"], self.steps
             left = (time.time() - self.began) / (step - self.began_at) * (steps - step)
@@ -382,22 +502,76 @@ class Run:
 
     def say(self, text):
         """A line that stays, also where the progress line overwrites itself."""
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+        if self.writes:
+            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def end(self):
         """Give the folder and the signals back; after an interrupt, end the program with status 130."""
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        self.lock.close()
+        self._give_back()
         if self.at["step"] < self.steps:
             self.say(f"{'interrupted' if self.stop else 'stopped'}: go on with --resume --out {self.path}")
             if self.stop:
                 raise SystemExit(130)
         return {**self.at, **self.final, "best": self.best}
 
+    def _give_back(self):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.writes:
+            self.lock.close()
+
     def _log(self, **values):
-        with open(self.path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({**self.at, **values}) + "\n")
+        if self.writes:
+            append(self.path / "metrics.jsonl", json.dumps({**self.at, **values}) + "\n")
+
+
+def script_of(cfg):
+    return Path(inspect.getfile(type(cfg))).name
+
+
+def fits(value, hint):
+    """Whether a value from a file may stand where the dataclass has this type."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(fits(x, typing.get_args(hint)[0]) for x in value)
+    return type(value) is hint or hint is float and type(value) is int
+
+
+def unlike(found, expected, where=""):
+    """How a tree of dictionaries, lists, tensors and plain values differs in its form from another: a few words, or None."""
+    if isinstance(expected, torch.Tensor):
+        if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            def form(x):
+                return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            return f"{where}: expected {form(expected)}, found {form(found)}"
+        return f"{where}: not finite" if not found.isfinite().all() else None
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            return f"{where}: expected a dictionary, found {type(found).__name__}"
+        if found.keys() != expected.keys():
+            missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
+            named = ", ".join(sorted(map(str, missing or more)))[:120]
+            return f"{where or 'it'} has {'no ' if missing else ''}{named}"
+        parts = [(found[key], expected[key], f"{where}.{key}" if where else str(key)) for key in expected]
+    elif isinstance(expected, (list, tuple)):
+        if not isinstance(found, (list, tuple)) or len(found) != len(expected):
+            return f"{where}: expected {len(expected)} values"
+        parts = [(*both, where) for both in zip(found, expected)]
+    else:
+        numbers = all(type(x) in (int, float) for x in (found, expected))
+        return None if numbers or type(found) is type(expected) else f"{where}: expected {expected!r}, found {str(found)[:40]!r}"
+    return next(filter(None, (unlike(*part) for part in parts)), None)
+
+
+def not_finite(tree, where=""):
+    """The name of a tensor in a tree of dictionaries and lists that holds an infinity or NaN, or None."""
+    if isinstance(tree, torch.Tensor):
+        return None if tree.isfinite().all() else where
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return next(filter(None, (not_finite(part, f"{where}.{key}" if where else str(key)) for key, part in parts)), None)
 
 
 def trained(model):
@@ -420,15 +594,18 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def _rng_state():
+def rng_state(device):
     """torch's global generators (dropout draws from them); they load under weights_only."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []}
 
 
-def _set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_rng_state(state, device, path):
+    try:
+        torch.set_rng_state(state["cpu"])
+        for cuda in state["cuda"]:
+            torch.cuda.set_rng_state(cuda, device)
+    except RuntimeError as e:
+        raise InputError(f"{path}: its generators' states are none ({str(e).splitlines()[0][:80]})") from None
 
 
 def peak_memory():

@@ -11,7 +11,7 @@ The reference is --init as it was. What it says of the training pairs is compute
 one model in memory (two during an evaluation); with LoRA it is the policy with its adapters off. Both see every pair with dropout
 off. Before the first step they are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
 
-Simplified: one process, one GPU.
+On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """
 import copy
 import math
@@ -26,6 +26,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import parallel
 import plan
 import plots
 import reference
@@ -164,7 +165,7 @@ def main(cfg):
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
     valid = valid[:cfg.eval_samples]
-    order = data.Order(train.lengths().sum(1), cfg.micro_batch, cfg.seed)
+    order = data.Order(train.lengths().sum(1), cfg.micro_batch * parallel.size(), cfg.seed)
     steps = runs.count_steps(cfg, len(train))
     longer = data.longer_wins(valid)
 
@@ -187,8 +188,8 @@ def main(cfg):
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     # ---- micro-batches -----------------------------------------------------------------------------------------------
-    def micro_batches(rows):
-        return [data.pair_batch(train, r).to(device) for r in rows]
+    def micro_batches(rows):   # this process' share of each; None where it has no row
+        return [data.pair_batch(train, r).to(device) if len(r) else None for r in map(parallel.mine, rows)]
 
     def look_flops(batch):   # what the reference costs: a forward pass, CDPO's product with the head alone, nothing
         if not cached:
@@ -197,11 +198,11 @@ def main(cfg):
 
     def micro_losses(batches):
         """(loss, margin, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
-        pairs = sum(batch.responses for batch in batches) // 2
+        pairs, = parallel.total(sum(batch.responses for batch in batches if batch) // 2)
         for batch in batches:
             with autocast():
-                loss, margin, won = pair_losses(cfg, model, look, batch)
-            yield loss.sum() / pairs, margin.sum() / pairs, won.sum() / pairs
+                found = pair_losses(cfg, model, look, batch) if batch else torch.zeros(3)
+            yield [x.sum() / pairs for x in found]
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
         return (loss for loss, _, _ in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))
@@ -209,7 +210,7 @@ def main(cfg):
     # ---- begin -------------------------------------------------------------------------------------------------------
     what = f"CDPO, beta {cfg.beta}, gamma {cfg.gamma}" if cfg.loss == "cdpo" else f"DPO, beta {cfg.beta}"
     size = optim.footprint(cfg.optimizer, model)
-    run.say(f"{what}, of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
+    run.say(f"{what}, of {cfg.init} on {device}, for {steps} steps of {runs.step_size(cfg)} pairs\n"
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}; an accuracy is known to about "
             f"+-{(data.interval(0.8, len(valid))[1] - data.interval(0.8, len(valid))[0]) / 2:.3f} (95 %)")
@@ -218,7 +219,7 @@ def main(cfg):
     if cached:   # the policy is the reference still; a variance probe draws from all pairs
         met = range(len(train)) if cfg.variance_every else order.first(steps * cfg.accumulate)
         with autocast():
-            look.fill(met, 4 * cfg.micro_batch, reference.live(model), device, run.say)
+            parallel.in_turn(lambda: look.fill(met, 4 * cfg.micro_batch, reference.live(model), device, run.say))
     run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
               device=str(device), data=counts, baseline_longer_wins=longer, val_pairs=len(valid))
 
@@ -242,26 +243,14 @@ def main(cfg):
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
         if run.probe_due():
             run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step],
-                                        cfg.grad_clip))
+                                        cfg.grad_clip, scale=run.scaler.get_scale()))
         began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
-        train_loss, train_margin, train_won, norms = 0.0, 0.0, 0.0, []
-        for k, (loss, margin, won) in enumerate(micro_losses(batches), 1):
-            # loss is a share of all pairs' mean; where a micro-batch is an update of its own (PMA, AGMA), of its own pairs' mean
-            (loss * (cfg.accumulate // per_update)).backward()
-            train_loss, train_margin, train_won = train_loss + loss.item(), train_margin + margin.item(), train_won + won.item()
-            if not math.isfinite(train_loss):
-                raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
-            if k % per_update == 0:
-                norms.append(optim.clip(model, cfg.grad_clip))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
-                    tokens=sum(len(b.tokens) for b in batches),
-                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) + look_flops(b)
-                              for b in batches),
-                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin,
-                    grad_norm=sum(norms) / len(norms), lr=lr)
+        (train_loss, train_margin, train_won), norms = run.step(model, optimizer, batches, micro_losses(batches))
+        mine = [batch for batch in batches if batch]
+        run.stepped(began, norms, samples=sum(b.responses for b in mine) // 2, tokens=sum(len(b.tokens) for b in mine),
+                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) + look_flops(b) for b in mine),
+                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin, lr=lr)
 
     return run.end()
 

@@ -15,7 +15,7 @@ By default the head reads one number more, the response's log-probability to thi
 ours and not the textbook's; our tiny model needs it to tell right from wrong (the README has figures).
 The calibration on training pairs is in-sample: an SFT run has seen their labels.
 
-Simplified: one process, one GPU.
+On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """
 import math
 import time
@@ -29,6 +29,7 @@ import lora
 import losses
 import model as gpt
 import optim
+import parallel
 import plan
 import plots
 import runs
@@ -54,7 +55,7 @@ class Config(runs.Config):
 def rewards(cfg, model, autocast, tokens, which=("chosen", "rejected")):
     """The rewards of all these pairs in eval mode, a row of n for each of `which`."""
     model.eval()
-    found = torch.zeros(len(which), len(tokens))
+    found = torch.zeros(len(which), len(tokens), dtype=model.center.dtype)
     for rows in data.in_order(tokens, 4 * cfg.micro_batch):   # more fit where nothing is kept for a backward pass
         with autocast():
             r = losses.batch_rewards(model, data.reward_batch(tokens, rows, which).to(model.wte.weight.device))
@@ -133,7 +134,7 @@ def main(cfg):
     init_sha256 = fingerprint(model.state_dict())
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
     valid = valid[:cfg.eval_samples]
-    order = data.Order(train.lengths().sum(1), cfg.micro_batch, cfg.seed)
+    order = data.Order(train.lengths().sum(1), cfg.micro_batch * parallel.size(), cfg.seed)
     steps = runs.count_steps(cfg, len(train))
     longer, likelier = data.longer_wins(valid), sft_logps(cfg, model.eval(), autocast, valid)
 
@@ -148,16 +149,16 @@ def main(cfg):
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     # ---- micro-batches -----------------------------------------------------------------------------------------------
-    def micro_batches(rows):
-        return [data.reward_batch(train, r).to(device) for r in rows]
+    def micro_batches(rows):   # this process' share of each; None where it has no row
+        return [data.reward_batch(train, r).to(device) if len(r) else None for r in map(parallel.mine, rows)]
 
     def micro_losses(batches):
         """(loss, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
-        pairs = sum(batch.responses for batch in batches) // 2
+        pairs, = parallel.total(sum(batch.responses for batch in batches if batch) // 2)
         for batch in batches:
             with autocast():
-                loss, won = pair_losses(model, batch)
-            yield loss.sum() / pairs, won.sum() / pairs
+                found = pair_losses(model, batch) if batch else torch.zeros(2)
+            yield [x.sum() / pairs for x in found]
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
         return (loss for loss, _ in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))
@@ -172,7 +173,7 @@ def main(cfg):
 
     # ---- begin -------------------------------------------------------------------------------------------------------
     size = optim.footprint(cfg.optimizer, model)
-    run.say(f"reward model from {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} pairs\n"
+    run.say(f"reward model from {cfg.init} on {device}, for {steps} steps of {runs.step_size(cfg)} pairs\n"
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: longer-wins {longer:.3f}, log-prob of {cfg.init} {likelier:.3f}")
     longest = order.longest(steps * cfg.accumulate)
@@ -202,24 +203,15 @@ def main(cfg):
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
         if run.probe_due():
             run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step],
-                                        cfg.grad_clip))
+                                        cfg.grad_clip, scale=run.scaler.get_scale()))
         began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
-        train_loss, train_won, norms = 0.0, 0.0, []
-        for k, (loss, won) in enumerate(micro_losses(batches), 1):
-            (loss * (cfg.accumulate // per_update)).backward()   # PMA and AGMA: each micro-batch is an update of its own
-            train_loss, train_won = train_loss + loss.item(), train_won + won.item()
-            if not math.isfinite(train_loss):
-                raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
-            if k % per_update == 0:
-                norms.append(optim.clip(model, cfg.grad_clip))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches) // 2,
-                    tokens=sum(len(b.tokens) for b in batches),
+        (train_loss, train_won), norms = run.step(model, optimizer, batches, micro_losses(batches))
+        mine = [batch for batch in batches if batch]
+        run.stepped(began, norms, samples=sum(b.responses for b in mine) // 2, tokens=sum(len(b.tokens) for b in mine),
                     flops=sum(gpt.flops(model.config, len(b.tokens), b.attended, b.responses + model.likelihood * len(b.targets),
-                                        model.likelihood * len(b.targets), True, cfg.lora_rank) for b in batches),
-                    train_loss=train_loss, train_reward_accuracy=train_won, grad_norm=sum(norms) / len(norms), lr=lr)
+                                        model.likelihood * len(b.targets), True, cfg.lora_rank) for b in mine),
+                    train_loss=train_loss, train_reward_accuracy=train_won, lr=lr)
 
     return run.end()
 

@@ -5,9 +5,8 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
     python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_sft.py --init ... --lora-rank 8 --lr 5e-3      # adapters beside frozen weights (lora.py)
 
-Simplified: one process, one GPU.
+On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """
-import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -19,11 +18,12 @@ import lora
 import losses
 import model as gpt
 import optim
+import parallel
 import plan
 import plots
 import runs
 import variance
-from files import InputError, fingerprint
+from files import fingerprint
 
 
 @dataclass
@@ -84,7 +84,7 @@ def main(cfg):
     # ---- data --------------------------------------------------------------------------------------------------------
     train, valid, counts = data.load(cfg.data, model.config, cfg.half)
     valid = valid[:cfg.eval_samples]
-    order = data.Order(train.lengths()[:, :2].sum(1), cfg.micro_batch, cfg.seed)
+    order = data.Order(train.lengths()[:, :2].sum(1), cfg.micro_batch * parallel.size(), cfg.seed)
     steps = runs.count_steps(cfg, len(train))
     unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size, cfg.loss_on), data.longer_wins(valid)
 
@@ -93,30 +93,30 @@ def main(cfg):
     per_update = optim.per_update(cfg.optimizer, cfg.accumulate)
 
     # ---- micro-batches -----------------------------------------------------------------------------------------------
-    def micro_batches(rows):
-        return [data.sft_batch(train, r, cfg.loss_on).to(device) for r in rows]
+    def micro_batches(rows):   # this process' share of each; None where it has no row
+        return [data.sft_batch(train, r, cfg.loss_on).to(device) if len(r) else None for r in map(parallel.mine, rows)]
 
     def micro_losses(batches):
         """Every micro-batch's summed loss is divided by the tokens of them all: then K micro-batches of unequal length have the
         gradient of one large batch. A mean of their means would not."""
-        normaliser = sum(len(batch.targets) for batch in batches)
+        normaliser, = parallel.total(sum(len(batch.targets) for batch in batches if batch))
         for batch in batches:
             with autocast():
-                loss = batch_loss(model, batch, normaliser)
-            yield loss
+                loss = batch_loss(model, batch, normaliser) if batch else torch.zeros(())
+            yield (loss,)
 
     def drawn(rng):   # the losses of a step's worth of micro-batches, for the variance probe
-        return micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate)))
+        return (loss for loss, in micro_losses(micro_batches(order.draw(run.at["micro_step"], rng, cfg.accumulate))))
 
     # ---- begin -------------------------------------------------------------------------------------------------------
     size = optim.footprint(cfg.optimizer, model)
-    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {cfg.micro_batch * cfg.accumulate} dialogues\n"
+    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {runs.step_size(cfg)} dialogues\n"
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
     if cfg.lora_rank and cfg.init == "mini":
         run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
     longest = order.longest(steps * cfg.accumulate)
-    runs.rehearse(micro_losses(micro_batches([longest])), optimizer, size["optimizer_bytes"], device)
+    runs.rehearse((loss for loss, in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
     run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
               device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
 
@@ -138,23 +138,14 @@ def main(cfg):
         lr = optim.set_lr(optimizer, optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup))
         if run.probe_due():
             run.probed(variance.measure(optimizer, model.h[-1], drawn, cfg.accumulate, per_update, [cfg.seed, step],
-                                        cfg.grad_clip))
+                                        cfg.grad_clip, scale=run.scaler.get_scale()))
         began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
-        train_loss, norms = 0.0, []
-        for k, loss in enumerate(micro_losses(batches), 1):
-            (loss * (cfg.accumulate // per_update)).backward()   # PMA and AGMA: each micro-batch is an update of its own
-            train_loss += loss.item()
-            if not math.isfinite(train_loss):
-                raise InputError(f"step {step}: the loss is {train_loss}: try a smaller --lr. last.pt holds the last saved step")
-            if k % per_update == 0:
-                norms.append(optim.clip(model, cfg.grad_clip))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        run.stepped(began, updates=len(norms), samples=sum(b.responses for b in batches),
-                    tokens=sum(len(b.tokens) for b in batches),
-                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) for b in batches),
-                    train_loss=train_loss, grad_norm=sum(norms) / len(norms), lr=lr)
+        (train_loss,), norms = run.step(model, optimizer, batches, micro_losses(batches))
+        mine = [batch for batch in batches if batch]
+        run.stepped(began, norms, samples=sum(b.responses for b in mine), tokens=sum(len(b.tokens) for b in mine),
+                    flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) for b in mine),
+                    train_loss=train_loss, lr=lr)
 
     return run.end()
 

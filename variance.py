@@ -15,15 +15,17 @@ import copy
 import numpy as np
 import torch
 
+import parallel
 from files import InputError
 
 
-def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip=0.0, samples=8):
+def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip=0.0, samples=8, scale=1.0):
     """One probe. Changes nothing: not a parameter, gradient, moment, generator.
 
     block: the module that is looked at. losses(rng) -> an iterator over the losses of K = `micro_batches` drawn with rng, each
-    its share of their mean. per_update: how many of them one step() of the optimizer takes. seed: a list of integers. grad_clip:
-    the norm, over all of the optimizer's parameters, to which the gradient of a step() is clipped; 0: it is not. samples: M.
+    its share of their mean; a plain zero where this process has no row of it. per_update: how many of them one step() of the
+    optimizer takes. seed: a list of integers. grad_clip: the norm, over all of the optimizer's parameters, to which the gradient
+    of a step() is clipped; 0: it is not. samples: M. scale: of the losses on their way back (float16).
 
     -> a dict of floats, and for the update of lists of floats, one for each step() of a period (tau = 0, 1, ...):
 
@@ -45,12 +47,13 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip
 
     def gradient(stream):
         """Of one step(): the sum over its micro-batches."""
-        total = None
+        total = [torch.zeros_like(p) for p in needed]
         for _ in range(per_update):
             loss = next(stream)
-            part = torch.autograd.grad(steps * loss, needed)
-            total = part if total is None else [a + b for a, b in zip(total, part)]
+            if loss.requires_grad:
+                total = [a + b / scale for a, b in zip(total, torch.autograd.grad(scale * steps * loss, needed))]
             seen.append(loss.item())
+        parallel.sum_gradients(total)
         if grad_clip:
             factor = min(1.0, grad_clip / (torch.nn.utils.get_total_norm(total).item() + 1e-6))   # as torch clips
             of = {id(p): factor * g for p, g in zip(needed, total)}
@@ -77,7 +80,7 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip
     raw, relative = variance(moved)
     return {**found, **{key: float(np.mean(found[key])) for key in ("grad_variance", "grad_variance_relative")},
             "displacement_variance": raw, "displacement_variance_relative": relative,
-            "displacement_rms": mean_square(moved) ** 0.5, "probe_loss": sum(seen) / len(seen) * micro_batches}
+            "displacement_rms": mean_square(moved) ** 0.5, "probe_loss": parallel.total(sum(seen))[0] / len(seen) * micro_batches}
 
 
 class Walker:

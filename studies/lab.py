@@ -110,7 +110,7 @@ class Lab:
         message = child.communicate()[1].strip()
         with self.lock:
             self.children.discard(child)
-        if child.returncode == 0 or child.returncode == 2 and "the loss is" in message:
+        if child.returncode == 0 or child.returncode == 2 and "try a smaller --lr" in message:
             self.keep(name, {"command": command, **self.summary(folder), **({"diverged": message} if child.returncode else {})})
             (folder / "last.pt").unlink()
         elif child.returncode == 2 and "cannot be resumed" in message:   # left by a study with other flags

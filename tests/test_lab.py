@@ -68,7 +68,8 @@ def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     assert [e["step"] for e in run["events"] if "val_loss" in e] == [0, 1, 2] and not (folder / "cut/last.pt").exists()
     assert run["flags"] == {"optimizer": "adamw", "lr": 1e-3, "seed": 1}
     hot = ["train_sft.py", *TINY, "--lr", 1e30]
-    assert "the loss is nan" in lab.run("hot", *hot)["diverged"] and lab.found["hot"]["events"][0]["val_loss"] > 7
+    assert "val_loss is nan: try a smaller --lr" in lab.run("hot", *hot)["diverged"]
+    assert lab.found["hot"]["events"][0]["val_loss"] > 7
     with pytest.raises(InputError, match="no optimizer 'none'"):
         lab.run("typo", "train_sft.py", *TINY, "--optimizer", "none")
     monkeypatch.setattr(labs.subprocess, "Popen", None)   # what is there is not made again; nothing starts after a stop

@@ -340,7 +340,7 @@ def test_the_pairs_it_shows_are_those_it_ranks_most_wrongly(sft):
     (["--keep-every", "0"], "--keep-every: expected at least 1, found 0"),
     (["--init", "runs/none"], "no model 'runs/none'"),
     (["--lora-rank", "999"], "LoRA rank"),
-    (["--resume"], "holds no last.pt"),
+    (["--resume"], "holds no run to resume: there is no config.json"),
 ])
 def test_bad_flags_end_in_one_line_and_status_2(sft, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["train_reward.py", "--out", str(tmp_path / "run"), "--init", sft, *flags])

@@ -1,0 +1,159 @@
+"""
+parallel.py: two processes take the steps that one takes, only the first one writes, none waits for ever.
+
+    python -m pytest -q tests/test_parallel.py
+"""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as gpt
+import parallel
+import parallel_worker
+from files import InputError, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+WORKER = str(ROOT / "tests/parallel_worker.py")
+CASES = list(parallel_worker.CASES)
+
+
+def environment(folder, **more):
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return {**clean, "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", **more}
+
+
+def together(n, folder, *arguments):
+    """The processes of one run, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                             env=environment(folder, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                                             MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank in range(n)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model to start from, 9 training pairs, so that every third micro-batch has a single row, and all runs, made twice."""
+    folder = tmp_path_factory.mktemp("parallel")
+    pairs = data.load_pairs("minihh")[0]
+    for split, n in (("train", 9), ("valid", 4)):
+        with open(folder / f"{split}.jsonl", "w") as f:
+            f.writelines(json.dumps({"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected}) + "\n"
+                         for p in pairs[split][:n])
+    torch.manual_seed(0)
+    gpt.export(gpt.GPT(gpt.GPTConfig(block_size=256, vocab_size=2048, n_layer=2, n_head=2, n_embd=32)), folder / "start")
+    two = together(2, folder, WORKER, str(folder), *CASES)
+    one = subprocess.run([sys.executable, WORKER, str(folder), *CASES], capture_output=True, text=True, cwd=ROOT,
+                         env=environment(folder))
+    assert one.returncode == 0, one.stderr
+    printed = [process.communicate(timeout=200) for process in two]
+    assert [process.returncode for process in two] == [0, 0], printed
+    (folder / "printed").write_text(printed[1][0])
+    return folder
+
+
+def metrics(path):
+    times = ("seconds", "tokens_per_second", "peak_memory")
+    return [{k: v for k, v in json.loads(line).items() if k not in times}
+            for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+# ---- oracle: one process -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(folder, case):
+    """Losses, gradient norms, counters and weights, with accumulation and where each micro-batch is an update of its own; 9 pairs
+    in micro-batches of 4 leave one process without a row in every third."""
+    one, two = (folder / str(n) / case for n in (1, 2))
+    close = 1e-6 if case.startswith("fp32") else 1e-10
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:   # a win is a number in fp32; there, what is neither a loss nor a weight gathers some rounding more
+            tolerance = close if key.endswith("loss") else 1e-5 if close == 1e-6 else 1e-7 if "accuracy" in key else close
+            np.testing.assert_allclose(np.array(a[key], dtype=float), np.array(b[key], dtype=float), tolerance, tolerance)
+    a, b = (read_checkpoint(run / "last.pt") for run in (one, two))
+    start = gpt.load(str(folder / "start")).state_dict()
+    for key in a["model"]:
+        torch.testing.assert_close(a["model"][key], b["model"][key], rtol=close, atol=close)
+    assert any(not torch.equal(a["model"][key].float(), start[key]) for key in a["model"] if key in start) or "lora" in case \
+        or case == "lion-pma"
+    assert a["at"]["samples"] == b["at"]["samples"] > 0 and a["processes"] == 1 and b["processes"] == 2
+
+# ---- worked by hand ------------------------------------------------------------------------------------------------------
+
+def test_shares_by_hand(monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append([parallel.mine(rows) for rows in ([7, 8, 9, 10], [5, 6], [])])
+    assert shares == [[[7, 10], [5], []], [[8], [6], []], [[9], [], []]]
+
+
+def test_one_process_adds_nothing():
+    x = torch.ones(2)
+    assert parallel.size() == 1 and parallel.rank() == 0 and parallel.mine([1, 2]) == [1, 2]
+    assert parallel.total(3, 0.1) == (3, 0.1) and parallel.gathered(x) == [x] and parallel.any_of(True)
+    parallel.sum_gradients([x])
+    assert x.tolist() == [1, 1]
+
+# ---- properties ----------------------------------------------------------------------------------------------------------
+
+def test_only_the_first_process_writes_and_prints(folder):
+    """What the second one prints is our worker's own lines."""
+    lines = (folder / "printed").read_text().splitlines()
+    assert [json.loads(line)["case"] for line in lines] == CASES and all(json.loads(line)["rank"] == 1 for line in lines)
+
+
+def test_runs_of_two_and_of_one_do_not_mix(folder):
+    script, flags = parallel_worker.CASES["fp32-sgd"]
+    out = folder / "2" / "fp32-sgd"
+    stored = script.runs.Run(script.Config(out=str(out), resume=True)).stored_flags()
+    with pytest.raises(InputError, match="its processes was 2, now 1"):
+        script.main(replace(script.Config(**stored), resume=True))
+
+
+FLAGS = ["--steps", "400", "--micro-batch", "2", "--eval-every", "1000", "--save-every", "5", "--log-every", "1", "--eval-samples",
+         "4", "--eval-answers", "0", "--dropout", "0.1", "--optimizer", "adamw-pma", "--accumulate", "2"]
+
+
+def test_a_killed_process_ends_the_job_and_the_run_goes_on(folder):
+    """torchrun itself; the process that is left says so in one line, and the resumed run is the uninterrupted one."""
+    def torchrun(out, *flags):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                 "train_sft.py", "--out", str(out), *flags], cwd=ROOT, env=environment(folder), text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def children(pid):
+        return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    whole = torchrun(folder / "whole", *FLAGS, "--stop-at", "12")
+    job = torchrun(folder / "cut", *FLAGS)
+    while "step     7" not in (line := job.stdout.readline()):
+        assert line, job.stderr.read()
+    workers = sorted(children(job.pid))
+    os.kill(workers[1], signal.SIGKILL)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "error: process 0: another process of this run has ended" in error or "Signal 9" in error
+    before = read_checkpoint(folder / "cut" / "last.pt")["at"]["step"]
+    assert before >= 5
+    again = torchrun(folder / "cut", "--resume", "--stop-at", "12")
+    printed, error = again.communicate(timeout=100)
+    assert again.returncode == 0, error
+    whole.communicate(timeout=100)
+    a, b = (read_checkpoint(folder / name / "last.pt") for name in ("whole", "cut"))
+    assert a["at"]["step"] == b["at"]["step"] == 12
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert all(torch.equal(x["cpu"], y["cpu"]) for x, y in zip(a["rng"], b["rng"], strict=True))
+    assert not torch.equal(a["rng"][0]["cpu"], a["rng"][1]["cpu"])   # each has its own dropout
+    assert metrics(folder / "whole") == metrics(folder / "cut")
