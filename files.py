@@ -150,8 +150,8 @@ def read_json(path):
 
 
 # What torch's reader and the unpickler raise on bytes that are not what they expect.
-DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, MemoryError, struct.error,
-          pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, MemoryError,
+          struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def torch_load(path):

@@ -212,6 +212,8 @@ def main(arguments):
     base, path, folder = arguments
     if Path(path).is_dir():
         path = Path(path) / "adapter.pt"
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file: expected an adapter.pt, or the folder of a run that was made with --lora-rank")
     saved = read_checkpoint(path, ("rank", "bias", "block_size"))
     gpt.export(merge(load_adapter(gpt.load(base, block_size=saved["block_size"]), path)), folder)
     print(f"{folder}: {base} with {path}, rank {saved['rank']}, bias {saved['bias']}, merged")

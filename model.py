@@ -474,7 +474,9 @@ def _read(name):
         if not isinstance(config, dict) or config.keys() != asdict(GPTConfig()).keys():
             raise InputError(f"{name}: a checkpoint of another version, its model_config holds {str(list(config))[:80]}"
                              if isinstance(config, dict) else f"{name}: expected model_config to be a dictionary")
-        if not isinstance(state, dict) or "wte.weight" not in state:
+        if not isinstance(state, dict):
+            raise InputError(f"{name}: expected a dictionary of tensors, found {type(state).__name__}")
+        if "wte.weight" not in state:
             raise InputError(f"{name}: holds only what a LoRA run trains: give the run's folder, whose best.pt is merged")
         if not (type(config["dropout"]) in (int, float) and 0 <= config["dropout"] < 1):
             raise InputError(f"{name}: expected a dropout from 0 to below 1, found {str(config['dropout'])[:40]}")

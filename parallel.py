@@ -31,6 +31,7 @@ def join():
 
 def leave():
     if dist.is_initialized():
+        _together(dist.barrier)   # none takes the connections down that another still reads from
         dist.destroy_process_group()
 
 

@@ -46,11 +46,27 @@ def draw(folder):
 
 def read(folder):
     """(config, events) of a run."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    events = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    if "optimizer" not in config.get("flags", {}) or not any(key in e for e in events for key in EVALUATED):
+    config, metrics = Path(folder) / "config.json", Path(folder) / "metrics.jsonl"
+    if not (config.is_file() and metrics.is_file()):
+        raise ValueError(f"{folder} holds no run: expected config.json and metrics.jsonl in it")
+    said, = rows(config, [config.read_bytes()])
+    events = rows(metrics, metrics.read_bytes().splitlines())
+    if "optimizer" not in (said.get("flags") or {}) or not any(key in e for e in events for key in EVALUATED):
         raise ValueError(f"{folder} is not a training run with an evaluation")
-    return config, events
+    return said, events
+
+
+def rows(path, texts):
+    """JSON objects, one a text."""
+    found = []
+    for n, text in enumerate(texts, 1):
+        try:
+            found.append(json.loads(text))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}:{n}: not JSON ({e})") from None
+        if not isinstance(found[-1], dict):
+            raise ValueError(f"{path}:{n}: expected a JSON object, found {type(found[-1]).__name__}")
+    return found
 
 
 def series(events, key):
@@ -312,7 +328,10 @@ def main(arguments):
     parser = Parser(prog="plots.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     for folder in parser.parse_args(arguments).runs:
-        draw(folder)
+        try:
+            draw(folder)
+        except (KeyError, TypeError) as e:   # an event or a flag that is not there, or no number
+            raise ValueError(f"{folder}: its config.json or metrics.jsonl is damaged, or of another version ({e})") from None
 
 
 if __name__ == "__main__":

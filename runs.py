@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import inspect
 import json
 import math
@@ -247,6 +248,7 @@ def step_size(cfg):
 
 OURS = ("config.json", "metrics.jsonl", "samples.txt", "last.pt", "best.pt", "adapter.pt", "step-*.pt", "loss.png",
         "accuracy.png", "calibration.png", "variance.png", "variance-time.png")
+LOGS = ("metrics.jsonl", "samples.txt")   # these grow
 
 
 class Run:
@@ -308,7 +310,7 @@ class Run:
     def begin(self, model, optimizer, steps, **facts):
         """Take the folder: lock it, then clear it, or with --resume put everything back to where last.pt was written. `facts`
         go into config.json. From here on Ctrl-C ends the run after the step in hand, with a checkpoint."""
-        self.steps, checkpoint, offsets, device = steps, None, {}, model.wte.weight.device.type
+        self.steps, checkpoint, device = steps, None, model.wte.weight.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.cfg.dtype == "float16")
         self.identity = {key: facts[key] for key in ("init_sha256", "data_sha256")} | {
             "device": device, "processes": parallel.size()}
@@ -320,7 +322,6 @@ class Run:
             check_same(self.path, self.stored_flags(), given)
             if (self.path / "last.pt").is_file():
                 checkpoint = self._read_last(model, optimizer)
-                offsets = checkpoint["offsets"]
         if self.writes:
             with named(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -353,9 +354,9 @@ class Run:
                 "model": dataclasses.asdict(model.config), **facts, "processes": parallel.size(),
                 "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
                 "commit": commit()}, indent=2).encode())
-            for name in ("metrics.jsonl", "samples.txt"):   # on resume: forget what was written after the checkpoint
+            for name in LOGS:   # on resume: forget what was written after the checkpoint
                 with named(self.path / name), open(self.path / name, "ab") as f:
-                    f.truncate(offsets.get(name, 0))
+                    f.truncate(checkpoint["logs"][name]["bytes"] if checkpoint else 0)
         self.began_at, self.began = self.at["step"], time.time()
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -382,18 +383,25 @@ class Run:
         wrong = unlike(checkpoint, expected) or (min(checkpoint["at"].values()) < 0 and "at: a counter below 0")
         if wrong:
             raise InputError(f"{path} is no checkpoint to resume this run from: {wrong}")
-        for name, size in checkpoint["offsets"].items():
-            if not (self.path / name).is_file() or (self.path / name).stat().st_size < size:
-                raise InputError(f"{self.path}/{name} is shorter than when last.pt was written: the run cannot be resumed")
+        for name, log in checkpoint["logs"].items():
+            found = self._log_state(name, int(log["bytes"]))
+            if found != log:
+                how = "is shorter" if found["bytes"] < log["bytes"] else "says something else"
+                raise InputError(f"{self.path}/{name} {how} than when last.pt was written: the run cannot be resumed")
         return checkpoint
+
+    def _log_state(self, name, most=None):
+        """Bytes of a file that grows, and the SHA-256 of them; or of so many at its beginning."""
+        path = self.path / name
+        blob = path.read_bytes()[:most] if path.is_file() else b""
+        return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
     def _state(self, model, optimizer):
         """What last.pt holds, with the generators of this process alone."""
-        offsets = {name: (self.path / name).stat().st_size if (self.path / name).is_file() else 0
-                   for name in ("metrics.jsonl", "samples.txt")}
         return {"model": trained(model), "model_config": dataclasses.asdict(model.config), "optimizer": optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": [rng_state(model.wte.weight.device)], "offsets": offsets,
-                "at": self.at, "best": self.best, "last_evaluation": self.last_evaluation, "final": self.final, **self.identity}
+                "scaler": self.scaler.state_dict(), "rng": [rng_state(model.wte.weight.device)],
+                "logs": {name: self._log_state(name) for name in LOGS}, "at": self.at, "best": self.best,
+                "last_evaluation": self.last_evaluation, "final": self.final, **self.identity}
 
     def _interrupt(self, number, frame):
         if self.stop:   # the second time: at once
@@ -480,17 +488,15 @@ class Run:
         except optim.NotFinite as e:
             raise self._broken(f"{e}, on the training pairs {', '.join(map(str, e.rows))}") from None
 
-    def stepped(self, began, norms, samples, tokens, flops, **values):
+    def stepped(self, began, norms, lr, samples, tokens, flops, **values):
         """Count a step; every --log-every steps a line of metrics and a line of progress. norms: the updates' gradient norms."""
         took, at, K = time.time() - began, self.at, self.cfg.accumulate
         samples, tokens, flops = parallel.total(samples, tokens, flops)
         more = {"step": 1, "updates": len(norms), "micro_step": K, "samples": samples, "tokens": tokens, "flops": flops,
                 "seconds": took, "skipped": K // optim.per_update(self.cfg.optimizer, K) - len(norms)}
         self.at = {key: at[key] + more[key] for key in at}
-        if norms:
-            values["grad_norm"] = sum(norms) / len(norms)
-        if self.scaler.is_enabled():
-            values["scale"] = self.scaler.get_scale()
+        values |= {"grad_norm": sum(norms) / len(norms)} if norms else {}
+        values |= {"lr": lr} | ({"scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
         if self.at["step"] % self.cfg.log_every == 0 and self.writes:
             self._log(**values, tokens_per_second=tokens / took)
             step, steps = self.at["step"], self.steps

@@ -248,9 +248,9 @@ def main(cfg):
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
         (train_loss, train_margin, train_won), norms = run.step(model, optimizer, batches, micro_losses(batches))
         mine = [batch for batch in batches if batch]
-        run.stepped(began, norms, samples=sum(b.responses for b in mine) // 2, tokens=sum(len(b.tokens) for b in mine),
+        run.stepped(began, norms, lr, samples=sum(b.responses for b in mine) // 2, tokens=sum(len(b.tokens) for b in mine),
                     flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) + look_flops(b) for b in mine),
-                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin, lr=lr)
+                    train_loss=train_loss, train_reward_accuracy=train_won, train_margin=train_margin)
 
     return run.end()
 

@@ -143,9 +143,9 @@ def main(cfg):
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
         (train_loss,), norms = run.step(model, optimizer, batches, micro_losses(batches))
         mine = [batch for batch in batches if batch]
-        run.stepped(began, norms, samples=sum(b.responses for b in mine), tokens=sum(len(b.tokens) for b in mine),
+        run.stepped(began, norms, lr, samples=sum(b.responses for b in mine), tokens=sum(len(b.tokens) for b in mine),
                     flops=sum(gpt.flops(model.config, *b.size, backward=True, rank=cfg.lora_rank) for b in mine),
-                    train_loss=train_loss, lr=lr)
+                    train_loss=train_loss)
 
     return run.end()
 

@@ -123,8 +123,8 @@ def test_runs_of_two_and_of_one_do_not_mix(folder):
         script.main(replace(script.Config(**stored), resume=True))
 
 
-FLAGS = ["--steps", "400", "--micro-batch", "2", "--eval-every", "1000", "--save-every", "5", "--log-every", "1", "--eval-samples",
-         "4", "--eval-answers", "0", "--dropout", "0.1", "--optimizer", "adamw-pma", "--accumulate", "2"]
+FLAGS = ["--steps", "400", "--micro-batch", "2", "--eval-every", "1000", "--save-every", "5", "--log-every", "1",
+         "--eval-samples", "4", "--eval-answers", "0", "--dropout", "0.1", "--optimizer", "adamw-pma", "--accumulate", "2"]
 
 
 def test_a_killed_process_ends_the_job_and_the_run_goes_on(folder):

@@ -70,7 +70,7 @@ def test_clock():
 def test_counters_of_two_steps(tmp_path):
     run, _, _ = begun(tmp_path, accumulate=3)
     for _ in range(2):
-        run.stepped(run.began, [1.0], samples=12, tokens=100, flops=1000, train_loss=1.5)
+        run.stepped(run.began, [1.0], 0.1, samples=12, tokens=100, flops=1000, train_loss=1.5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counters = ("step", "micro_step", "samples", "tokens", "flops")
     assert [[e[key] for key in counters] for e in lines] == [[1, 3, 12, 100, 1000], [2, 6, 24, 200, 2000]]
@@ -88,7 +88,7 @@ def test_when_to_evaluate_and_to_end(tmp_path):
             assert not run.evaluation_due()   # never twice at one step
         if not run.goes_on(model, optimizer):
             break
-        run.stepped(run.began, [1.0], 1, 1, 1)
+        run.stepped(run.began, [1.0], 0.1, 1, 1, 1)
     assert seen == [0, 2, 4, 5] and (tmp_path / "run" / "last.pt").is_file()
 
 
@@ -117,7 +117,7 @@ def test_last_holds_what_trains_and_resume_puts_it_back(tmp_path):
     run.begin(model, optimizer, 2, init_sha256="x", data_sha256="y")
     with torch.no_grad():
         model.ln_f.bias.fill_(3.0)
-    run.stepped(run.began, [1.0], 1, 1, 1)
+    run.stepped(run.began, [1.0], 0.1, 1, 1, 1)
     run.goes_on(model, optimizer)
     run.end()
     assert read_checkpoint(tmp_path / "run" / "last.pt")["model"].keys() == {"ln_f.weight", "ln_f.bias"}
