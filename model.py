@@ -572,7 +572,7 @@ def export(model, folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        print("usage: python model.py MODEL FOLDER     write MODEL as a Hugging Face GPT-2 folder", file=sys.stderr)
+        print("error: usage: python model.py MODEL FOLDER     write MODEL as a Hugging Face GPT-2 folder", file=sys.stderr)
         sys.exit(2)
     try:
         export(load(sys.argv[1]), sys.argv[2])

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import termios
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ import torch
 import chat
 import data
 import model as gpt
-from files import InputError, write_checkpoint
+from files import InputError
 
 ROOT = Path(__file__).parent.parent
 BLOCK, PATIENCE = 128, 180   # tokens of the small models' context; seconds until a process counts as stuck
@@ -619,43 +618,6 @@ def failed(monkeypatch, capsys, *flags, lines="Hello there\n"):
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
     return error
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--temperature", "-0.1"], "--temperature: expected 0 to 100, found -0.1"),
-    (["--temperature", "inf"], "--temperature: expected 0 to 100, found inf"),
-    (["--temperature", "nan"], "--temperature: expected 0 to 100, found nan"),
-    (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
-    (["--top-k", "-1"], "--top-k: expected at least 0, found -1"),
-    (["--top-k", "1.5"], "argument --top-k: invalid int value: '1.5'"),
-    (["--top-p", "0"], "--top-p: expected"),
-    (["--top-p", "1.01"], "--top-p: expected"),
-    (["--top-p", "nan"], "--top-p: expected"),
-    (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1, found 0"),
-    (["--prompt", " "], "--prompt: expected a question, found ' '"),
-    (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
-    (["--seed", "-1"], "--seed: expected at least 0 and below 2^63"),
-    (["--seed", str(2 ** 63)], "--seed: expected at least 0 and below 2^63"),
-    (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
-    (["--device", "abacus"], "--device abacus: "),
-    (["--prompt", "no " * 300], "the question has 313 tokens, expected at most 64: the context of "),
-    (["--versus", "nowhere"], "no model 'nowhere'"),
-    (["--colour", "red"], "unrecognized arguments: --colour red"),
-])
-def test_bad_flags_end_in_one_line_and_status_2(folder, monkeypatch, capsys, flags, message):
-    assert message in failed(monkeypatch, capsys, "--model", folder, *flags)
-
-
-def test_what_is_no_language_model_is_refused(tmp_path, monkeypatch, capsys):
-    model = gpt.GPT(gpt.GPTConfig(block_size=8, vocab_size=61, n_layer=1, n_head=1, n_embd=4))
-    for name, weights in (("small.pt", model), ("reward.pt", gpt.reward_model(model))):
-        write_checkpoint(tmp_path / name, {"model": weights.state_dict(), "model_config": asdict(model.config)})
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("Hello there")
-    for name, message in (("nowhere", "no model "), ("empty", "expected best.pt (a run), model.safetensors or pytorch_model.bin"),
-                          ("reward.pt", "is a reward model, and a language model is needed here"),
-                          ("small.pt", "no tokenizer with 61 tokens"), ("notes.txt", "not a file of plain tensors")):
-        assert message in failed(monkeypatch, capsys, "--model", str(tmp_path / name))
 
 
 def test_bytes_that_are_no_text_end_in_one_line_and_status_2(folder, monkeypatch, capsys):

@@ -8,7 +8,6 @@ import builtins
 import json
 import math
 import shutil
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -447,34 +446,3 @@ def test_what_is_no_such_judge_is_refused(trained, deberta, tmp_path, monkeypatc
     assert config["model_type"] == "deberta-v2"
     with pytest.raises(InputError, match="found 2 labels"):
         on_cpu(f"deberta:{tmp_path / 'two'}")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--models", "runs/none"], "no model 'runs/none'"),
-    (["--models", "mini", "--data", "a.jsonl,b.jsonl"], "no such file"),
-    (["--models", "REWARD"], "is a reward model, and a language model is needed here"),
-    (["--models", "mini", "--judge", "runs/none"], "no reward model 'runs/none': train_reward.py makes one"),
-    (["--seed", "x"], "invalid int value"),
-    (["--limit", "0"], "--limit: expected at least 1, found 0"),
-    (["--models", "mini,runs/typo"], "no model 'runs/typo'"),
-    (["--out", "FILE"], "expected a folder, found a file"),
-    (["--out", "RUN"], "holds a model or a training run"),
-    (["--models", "mini,, mini"], "--models: expected names with commas between, found an empty one"),
-    (["--models", "mini", "--judge", ""], "no reward model ''"),
-    (["--top-p", "0"], "--top-p: expected a share above 0, at most 1, found 0"),
-    (["--temperatures", "0,-1"], "--temperatures: expected 0 to 100"),
-    (["--models", "mini", "--max-new-tokens", "512"], "--max-new-tokens 512: mini has a context of 512 tokens"),
-    (["--models", "mini,EMPTY"], "expected best.pt (a run)"),
-    (["--models", "mini", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-])
-def test_bad_flags_end_in_one_line_and_status_2(trained, tmp_path, monkeypatch, capsys, flags, message):
-    (tmp_path / "a-file").touch()
-    for word, path in (("REWARD", trained[2]), ("RUN", trained[0]), ("FILE", str(tmp_path / "a-file")), ("EMPTY", str(tmp_path))):
-        flags = [flag.replace(word, path) for flag in flags]
-    monkeypatch.setattr(gpt.GPT, "generate", None)   # all of it is found before the first answer
-    monkeypatch.setattr(sys, "argv", ["eval_reward.py", "--out", str(tmp_path / "eval"), "--judge", trained[2], *flags])
-    with pytest.raises(SystemExit) as stopped:
-        eval_reward.runs.command_line(eval_reward.main, eval_reward.Config)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "eval").exists()

@@ -9,9 +9,6 @@ properties. No network is needed.
 """
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -787,10 +784,3 @@ def test_main_writes_base_and_adapter_as_one_folder(tmp_path, capsys):
         write_checkpoint(tmp_path / "run.pt", {"model": {}, "model_config": {}})
         lora.main([str(tmp_path / "base"), str(tmp_path / "run.pt"), str(tmp_path / "not")])
     assert not (tmp_path / "not").exists()
-
-
-def test_bad_usage_is_one_line_and_status_2(tmp_path):
-    found = subprocess.run([sys.executable, Path(lora.__file__), "base", "adapter.pt"], cwd=tmp_path, capture_output=True,
-                           text=True)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert len(found.stderr.splitlines()) == 1 and found.stderr.startswith("error: usage: python lora.py BASE ADAPTER FOLDER")

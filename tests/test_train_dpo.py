@@ -437,23 +437,3 @@ def test_a_disk_that_is_too_small_is_refused_before_there_is_a_run(sft, tmp_path
     with pytest.raises(InputError, match="above half of the .* that are free: use --reference live"):
         train_dpo.main(replace(TINY, init=sft, out=str(tmp_path / "run"), loss="cdpo"))
     assert not (tmp_path / "run").exists() and not caches(tmp_path / "home")
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--reference", "none"], "invalid choice: 'none'"),
-    (["--dropout", "0.1"], "dropout off"),
-    (["--lora-rank", "2", "--lora-dropout", "0.1"], "--lora-dropout 0.1: DPO runs with dropout off"),
-    (["--loss", "cdpo", "--label-smoothing", "0.1"], "goes with --loss dpo only"),
-    (["--beta", "0"], "--beta: expected a number from"),
-    (["--gamma", "-1"], "--gamma: expected"),
-    (["--label-smoothing", "0.7"], "--label-smoothing: expected"),
-    (["--loss", "ppo"], "invalid choice: 'ppo'"),
-    (["--init", "runs/none-such"], "no model 'runs/none-such'"),
-])
-def test_bad_flags_end_in_one_line_and_status_2(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--out", str(tmp_path / "run"), "--init", "mini", *flags])
-    with pytest.raises(SystemExit) as stopped:
-        train_dpo.runs.command_line(train_dpo.main, train_dpo.Config)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "run").exists()

@@ -335,22 +335,6 @@ def test_the_pairs_it_shows_are_those_it_ranks_most_wrongly(sft):
 
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, message", [
-    (["--eval-answers", "3"], "a reward model gives no answers"),
-    (["--keep-every", "0"], "--keep-every: expected at least 1, found 0"),
-    (["--init", "runs/none"], "no model 'runs/none'"),
-    (["--lora-rank", "999"], "LoRA rank"),
-    (["--resume"], "holds no run to resume: there is no config.json"),
-])
-def test_bad_flags_end_in_one_line_and_status_2(sft, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(sys, "argv", ["train_reward.py", "--out", str(tmp_path / "run"), "--init", sft, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        train_reward.runs.command_line(train_reward.main, train_reward.Config)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "run").exists()
-
-
 def test_what_does_not_fit_in_memory_says_so_before_there_is_a_run(sft, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
