@@ -69,7 +69,11 @@ class _Gradient:
         self.weight = None
 
     def add(self, rows, d):
-        (hidden, weight), d = self.inputs, d.to(self.dtype)
+        hidden, weight = self.inputs
+        with torch.autocast(hidden.device.type, enabled=False):   # self.dtype says in what
+            self._add(rows, d.to(self.dtype), hidden, weight)
+
+    def _add(self, rows, d, hidden, weight):
         if self.hidden is not None:
             self.hidden[rows] = product(d, weight.to(d.dtype).T).to(hidden.dtype)
         if self.want_weight and self.weight is None:

@@ -1048,3 +1048,31 @@ def test_the_head_product_is_x_times_the_transposed_matrix(monkeypatch, dtype, t
         found = losses.product(x, weight)
         assert found.dtype == dtype and found.is_contiguous()
         torch.testing.assert_close(found.double(), exact, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "cdpo"])
+def test_float16_keeps_the_smallest_gradients(kind):
+    """The gradient at the logits is small beside float16's smallest number, 6e-8: CDPO's at a token that is no target is about
+    gamma beta / (8 T V). In float16 it would be zero, and the scale of the loss comes too late to help."""
+    torch.manual_seed(0)
+    V, C, S = 4000, 16, 12
+    hidden, weight, ref_hidden, ref_weight = (torch.randn(n, C) for n in (S, V, S, V))
+    targets, owner = torch.arange(S), torch.arange(S) // 3
+
+    def gradient(half):
+        h, w = hidden.clone().requires_grad_(), (0.3 * weight).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            if kind == "sft":
+                loss = losses.sft_loss(h, w, targets, 10_000)
+            elif kind == "dpo":
+                logps = losses.sequence_logps(losses.token_logps(h, w, targets), owner, 4)
+                loss = losses.dpo_loss(*logps.chunk(2), torch.zeros(2), torch.zeros(2), 1e-3)[0].sum() / 1000
+            else:
+                both = losses.cdpo_loss(h, w, targets, owner, ref_hidden, 0.3 * ref_weight, torch.zeros(4), 0.1, 1.0)[0]
+                loss = both.sum() / 1000
+        assert loss.dtype == torch.float32
+        (loss * 2.0 ** 10).backward()
+        return h.grad, w.grad
+    for wide, half in zip(gradient(False), gradient(True)):
+        others = slice(S, None) if len(wide) == V else slice(None)   # rows of tokens that are no target
+        assert half.dtype == torch.float32 and (half[others] - wide[others]).norm() < 2e-2 * wide[others].norm()

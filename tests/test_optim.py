@@ -7,6 +7,7 @@ decay, the schedules of the learning rate, and clipping.
 The oracles share no code with optim.py: each algorithm in float64 numpy as optim.py's docstrings state it, torch's own AdamW,
 and the package lion_pytorch.
 """
+import copy
 import functools
 import io
 import math
@@ -779,3 +780,153 @@ def test_clipped_gradients_keep_their_direction():
     assert norm == pytest.approx(before.norm().item(), rel=1e-5) and norm > 0.1   # fp32 sums
     assert after.norm().item() == pytest.approx(0.01, rel=1e-4)
     torch.testing.assert_close(after / after.norm(), before / before.norm(), rtol=1e-5, atol=1e-6)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one step of a training script
+
+def regression(seed=0, width=3):
+    """A linear model, and six rows of data."""
+    torch.manual_seed(seed)
+    return nn.Linear(width, 1, bias=False).double(), torch.randn(6, width, dtype=torch.float64), torch.randn(6, 1).double()
+
+
+def shares(model, x, y, batches, spoil=None):
+    """Each micro-batch's share of the mean loss over all rows, and its number of rows. spoil: a function of the loss."""
+    n = sum(map(len, batches))
+    for k, rows in enumerate(batches):
+        loss = (model(x[rows]) - y[rows]).square().sum() / n
+        yield spoil(k, loss) if spoil else loss, torch.tensor(float(len(rows)))
+
+
+BATCHES = [[0, 1, 2], [3], [4, 5]]
+
+
+def test_accumulation_is_the_step_of_all_rows():
+    """Against torch's own SGD on the whole; the other numbers are summed, the norm is that before clipping."""
+    model, x, y = regression()
+    plain = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(m.parameters(), 0.1) for m in (plain, model))
+    (plain(x) - y).square().mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1).item()
+    theirs.step()
+    (loss, rows), norms = optim.accumulated_step(model, ours, shares(model, x, y, BATCHES), BATCHES, 3, grad_clip=0.1)
+    torch.testing.assert_close(model.weight, plain.weight, **ROUNDING)
+    assert norms == pytest.approx([norm]) and rows == 6 and model.weight.grad is None
+    assert loss == pytest.approx((regression()[0](x) - y).square().mean().item())
+
+
+def test_where_each_micro_batch_is_an_update_its_own_mean_counts():
+    """K times its share: with equal micro-batches its mean."""
+    model, x, y = regression()
+    plain = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(m.parameters(), 0.1) for m in (plain, model))
+    batches = [[0, 1], [2, 3], [4, 5]]
+    for rows in batches:
+        theirs.zero_grad()
+        (plain(x[rows]) - y[rows]).square().mean().backward()
+        theirs.step()
+    _, norms = optim.accumulated_step(model, ours, shares(model, x, y, batches), batches, 1)
+    torch.testing.assert_close(model.weight, plain.weight, **ROUNDING)
+    assert len(norms) == 3
+
+
+@pytest.mark.parametrize("what", ["nan", "inf"])
+@pytest.mark.parametrize("per_update, moved", [(3, False), (1, True)])
+def test_a_loss_that_is_none_stops_before_the_update_and_names_its_rows(what, per_update, moved):
+    """In the second micro-batch: with accumulation nothing has moved, else only the first one's update was made."""
+    model, x, y = regression()
+    before, optimizer = model.weight.detach().clone(), torch.optim.SGD(model.parameters(), 0.1)
+    losses = shares(model, x, y, BATCHES, lambda k, loss: loss * float(what) if k == 1 else loss)
+    with pytest.raises(optim.NotFinite, match=f"^the loss is {what}$") as e:
+        optim.accumulated_step(model, optimizer, losses, BATCHES, per_update)
+    assert e.value.rows == [3] and model.weight.isfinite().all() and torch.equal(model.weight, before) != moved
+
+
+@pytest.mark.parametrize("per_update, named", [(3, [0, 1, 2, 3, 4, 5]), (1, [3])])
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_gradient_that_is_none_stops_before_the_update_and_names_its_rows(per_update, named, grad_clip):
+    """A finite loss whose slope is infinite: the square root at 0."""
+    model, x, y = regression()
+    before, optimizer = model.weight.detach().clone(), torch.optim.AdamW(model.parameters(), 0.1)
+    losses = shares(model, x, y, BATCHES, lambda k, loss: loss + (0 * loss).sqrt() if k == 1 else loss)
+    with pytest.raises(optim.NotFinite, match=r"^the gradient's norm is (nan|inf)$") as e:
+        optim.accumulated_step(model, optimizer, losses, BATCHES, per_update, grad_clip)
+    assert e.value.rows == named and model.weight.isfinite().all()
+    assert torch.equal(model.weight, before) == (per_update == 3)
+
+
+def test_a_micro_batch_without_a_row_adds_nothing():
+    """What a process yields that has no row of it."""
+    model, x, y = regression()
+    plain, batches = copy.deepcopy(model), [[0, 1], []]
+
+    def losses():
+        yield (model(x[:2]) - y[:2]).square().mean(), torch.tensor(2.0)
+        yield torch.zeros(2)
+    (plain(x[:2]) - y[:2]).square().mean().backward()
+    (_, rows), norms = optim.accumulated_step(model, torch.optim.SGD(model.parameters(), 0.1), losses(), batches, 2)
+    torch.testing.assert_close(model.weight, plain.weight - 0.1 * plain.weight.grad, **ROUNDING)
+    assert rows == 2 and norms == pytest.approx([plain.weight.grad.norm().item()])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-pma", "lion-pma"])
+def test_an_update_that_overflows_is_left_out_and_the_scale_halved(name):
+    """Four micro-batches whose scaled gradient overflows in fp32 at first. With a period of its own, a step skips some of its
+    updates and the optimizer's age says so; the updates that were made are those of a run without a scaler."""
+    model = nn.Linear(3, 1, bias=False)
+    x, y, batches = torch.randn(4, 3), torch.randn(4, 1), [[0], [1], [2], [3]]
+    plain = copy.deepcopy(model)
+    ours, theirs = (optim.make(name, m, 0.1, None, 0.0, 4) for m in (model, plain))
+    per_update = optim.per_update(name, 4)
+
+    def losses(m, rows):
+        return ((4 * (m(x[r]) - y[r]).square().mean() / 4,) for r in rows)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)   # twice too large: 4 * 2^127 is no fp32
+    _, norms = optim.accumulated_step(model, ours, losses(model, batches), batches, per_update, 0.0, scaler)
+    made = len(norms)
+    assert 0 <= made < 4 // per_update and scaler.get_scale() < 2.0 ** 127
+    if per_update == 1:
+        assert made and ours.state[model.weight]["t"] == made   # in the middle of its period
+        skipped = 4 - made
+        for k in range(skipped, 4):
+            for loss, in losses(plain, [batches[k]]):
+                (4 * loss).backward()
+            theirs.step()
+            theirs.zero_grad()
+        torch.testing.assert_close(model.weight, plain.weight)
+    else:
+        assert torch.equal(model.weight, plain.weight) and not made
+
+
+def test_a_scale_that_cannot_fall_further_stops():
+    model, x, y = regression()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    stops = []
+    for _ in range(4):
+        losses = shares(model, x, y, BATCHES, lambda k, loss: loss + (0 * loss).sqrt() if k == 1 else loss)
+        try:
+            optim.accumulated_step(model, torch.optim.SGD(model.parameters(), 0.1), losses, BATCHES, 3, 0.0, scaler)
+            stops.append(scaler.get_scale())
+        except optim.NotFinite:
+            stops.append("stopped")
+            break
+    assert stops == [2.0, 1.0, "stopped"]
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_the_form_of_a_state_is_that_of_the_state(name):
+    """Of matrices and vectors, after three steps: the same keys, shapes, dtypes and kinds of numbers."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    optimizer = optim.make(name, model, 0.1, None, 0.1, 2)
+    for _ in range(3):
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+    form = optim.state_form(name, None, 2, [p for group in optimizer.param_groups for p in group["params"]])
+    kept = optimizer.state_dict()["state"]
+    assert form.keys() == kept.keys() or not any(map(dict, kept.values()))
+    for i in kept:
+        assert form[i].keys() == kept[i].keys()
+        for key, value in kept[i].items():
+            assert type(value) is type(form[i][key])
+            if torch.is_tensor(value):
+                assert (value.shape, value.dtype) == (form[i][key].shape, form[i][key].dtype)

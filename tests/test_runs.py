@@ -4,6 +4,7 @@ runs.py: flags come from the dataclass, the run folder is taken safely, clocks a
     python -m pytest -q tests/test_runs.py
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import signal
@@ -263,6 +264,65 @@ def test_setup_seeds_and_refuses_unknown_devices():
     device, autocast = runs.setup(Config(device="cpu", dtype="bfloat16"))
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_precisions_that_a_device_lacks_are_refused(monkeypatch):
+    def on(kind):
+        monkeypatch.setattr(runs.torch, "empty", lambda *size, device: argparse.Namespace(device=argparse.Namespace(type=kind)))
+    on("mps")
+    with pytest.raises(InputError, match="--dtype float16: expected --device cuda, or cpu"):
+        runs.setup(Config(device="mps", dtype="float16"))
+    on("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    with pytest.raises(InputError, match="--dtype bfloat16: an old card does not have it: try float16"):
+        runs.setup(Config(device="cuda", dtype="bfloat16"))
+    assert runs.setup(Config(device="cuda"))[1] is contextlib.nullcontext   # auto
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, capsys):
+    """It has config.json, and no last.pt; what it logged is forgotten."""
+    run, _, _ = begun(tmp_path)
+    run._log(train_loss=1.0)
+    run.end()
+    run, model, optimizer = begun(tmp_path, resume=True)
+    assert run.at["step"] == 0 and (tmp_path / "run/metrics.jsonl").read_text() == ""
+    assert "there is no last.pt yet: from the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value, hint, fit", [
+    (1, int, True), (1.0, int, False), (True, int, False), (1, float, True), (1.5, float, True), ("1", float, False),
+    (None, int | None, True), (3, int | None, True), (None, int, False), (True, bool, True), (1, bool, False), ("a", str, True),
+    ("red", Literal["red", "blue"], True), ("pink", Literal["red", "blue"], False), ([], Literal["red"], False),
+    ((0.9, 1), tuple[float, ...], True), ((0.9, "1"), tuple[float, ...], False), (0.9, tuple[float, ...], False),
+    ((0.9,), tuple[float, ...] | None, True), ({}, tuple[float, ...] | None, False)])
+def test_values_for_flags_by_hand(value, hint, fit):
+    assert runs.fits(value, hint) == fit
+
+
+@pytest.mark.parametrize("found, message", [
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}, None),
+    ({"a": torch.ones(2), "b": [2.5, {"c": 7}], "d": "y"}, None),   # the form is compared, not the numbers
+    ({"a": torch.zeros(3), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float32 (3,)"),
+    ({"a": torch.zeros(2).half(), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float16 (2,)"),
+    ({"a": [0, 0], "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found list"),
+    ({"a": torch.tensor([0, float("nan")]), "b": [1, {"c": 2.5}], "d": "x"}, "a: not finite"),
+    ({"a": torch.zeros(2), "b": [1, {}], "d": "x"}, "b has no c"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2, "e": 3}], "d": "x"}, "b has e"),
+    ({"a": torch.zeros(2), "b": [1], "d": "x"}, "b: expected 2 values"),
+    ({"a": torch.zeros(2), "b": {}, "d": "x"}, "b: expected 2 values"),
+    ({"a": torch.zeros(2), "b": [1, {"c": True}], "d": "x"}, "b.c: expected 2.5, found 'True'"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": None}, "d: expected 'x', found 'None'"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}]}, "it has no d"), ([], ": expected a dictionary, found list")])
+def test_a_tree_of_another_form_by_hand(found, message):
+    assert runs.unlike(found, {"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}) == message
+
+
+def test_what_is_not_finite_by_hand():
+    tree = {"a": torch.zeros(2), "b": [1.0, {"c": torch.tensor([1.0, float("inf")])}], "d": torch.arange(3), "e": "x"}
+    assert runs.not_finite(tree) == "b.1.c"
+    tree["b"].pop()
+    assert runs.not_finite(tree) is None
 
 
 def test_a_full_disk_or_missing_right_is_one_line(monkeypatch, capsys):

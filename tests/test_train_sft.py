@@ -4,6 +4,7 @@ input ends in one line and status 2.
 
     python -m pytest -q tests/test_train_sft.py
 """
+import functools
 import json
 import math
 import os
@@ -379,3 +380,66 @@ def test_two_processes_never_write_one_folder(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is writing this run"):
             train_sft.main(replace(TINY, out=str(out)))
+
+
+# ---- numbers that are none, and half precision -----------------------------------------------------------------------------
+
+def test_a_loss_that_is_no_number_names_the_step_its_rows_and_the_last_checkpoint(tmp_path, no_pictures, monkeypatch):
+    """At step 3, in the second of two micro-batches. No weight has moved by it, the folder and the signals are given back, and
+    the run goes on where the cause is gone."""
+    out, seen, real = tmp_path / "run", [], train_sft.losses.sft_loss
+
+    def spoilt(hidden, head, targets, normaliser):
+        seen.append(len(targets))
+        return real(hidden, head, targets, normaliser) * (float("nan") if len(seen) == 1 + 2 * 3 + 2 else 1)   # 1: rehearsed
+    cfg, handler = replace(TINY, out=str(out), save_every=2, eval_answers=0), signal.getsignal(signal.SIGINT)
+    train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
+    monkeypatch.setattr(train_sft.losses, "sft_loss", spoilt)
+    pairs = data.load_pairs("minihh")[0]["train"]
+    encoding = data.tokenizer(2048)
+    order = data.Order([len(encoding.encode(p.prompt + p.chosen)) + 1 for p in pairs], 4, cfg.seed)
+    with pytest.raises(InputError) as e:
+        train_sft.main(cfg)
+    rows = ", ".join(str(row) for row in order[2 * 3 + 1])
+    assert str(e.value) == (f"step 3: the loss is nan, on the training pairs {rows}: try a smaller --lr. {out}/last.pt holds "
+                            "step 2")
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.setattr(train_sft.losses, "sft_loss", real)
+    train_sft.main(replace(cfg, resume=True))
+    a, b = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_weights_that_are_no_numbers_are_never_written(tmp_path, no_pictures):
+    """A rate so large that finite gradients make infinite weights, where the next thing is a checkpoint and not a loss."""
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match="step 1: the weights are not finite any more .model..*last.pt holds step 0"):
+        train_sft.main(replace(TINY, lr=3e38, weight_decay=1e5, grad_clip=0.0, warmup=0, optimizer="sgd", save_every=1,
+                               eval_every=1000, out=str(out)))
+    for name in ("last.pt", "best.pt"):
+        assert all(t.isfinite().all() for t in read_checkpoint(out / name)["model"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-pma"])
+def test_float16_is_float32_but_for_rounding_and_resumes_bit_for_bit(tmp_path, no_pictures, monkeypatch, optimizer):
+    """The scale starts at 2^40, so that the first updates overflow and are skipped and counted, with PMA in the middle of a
+    period; weights and moments stay in fp32."""
+    cfg = replace(TINY, steps=4, eval_every=4, save_every=1, eval_samples=4, optimizer=optimizer, lora_rank=2, lora_dropout=0.3)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 16))
+    for name, dtype in (("wide", "float32"), ("half", "float16")):
+        train_sft.main(replace(cfg, dtype=dtype, out=str(tmp_path / name)))
+    wide, half = ([e["train_loss"] for e in metrics(tmp_path / name) if "train_loss" in e] for name in ("wide", "half"))
+    assert half == pytest.approx(wide, rel=2e-3) and half != wide
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(train_sft.runs.torch.amp.GradScaler, init_scale=2.0 ** 40))
+    cfg = replace(cfg, dtype="float16", steps=12)
+    train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
+    for stop in (3, 11, None):
+        train_sft.main(replace(cfg, out=str(tmp_path / "cut"), stop_at=stop, resume=stop != 3))
+    a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and a["scaler"] == b["scaler"]
+    assert str(a["optimizer"]) == str(b["optimizer"]) and a["at"]["skipped"] == b["at"]["skipped"] > 3
+    assert a["at"]["updates"] + a["at"]["skipped"] == (24 if optimizer == "adamw-pma" else 12)
+    assert all(t.dtype == torch.float32 for t in a["model"].values())
+    assert all(t.dtype == torch.float32 for kept in a["optimizer"]["state"].values() for t in kept.values() if torch.is_tensor(t))
+    scales = [e["scale"] for e in metrics(tmp_path / "whole") if "scale" in e]
+    assert scales[0] < 2.0 ** 40 and scales == sorted(scales, reverse=True)
