@@ -15,6 +15,9 @@ test: .venv/ready   ## ruff and the whole test suite, in two processes of one th
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+check: .venv/ready  ## slow checks: runs that are killed, files that are damaged; a part of python -m studies.faults, 2 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.faults --quick
+
 # Made once, and again when what it installs has changed.
 .venv/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +28,4 @@ test: .venv/ready   ## ruff and the whole test suite, in two processes of one th
 clean:              ## the environment and the demo's runs
 	rm -rf .venv $(DEMO)-sft $(DEMO)-reward $(DEMO)-dpo $(DEMO)-cdpo $(DEMO)-eval
 
-.PHONY: demo test clean
+.PHONY: demo test check clean

@@ -71,17 +71,15 @@ class _Gradient:
     def add(self, rows, d):
         hidden, weight = self.inputs
         with torch.autocast(hidden.device.type, enabled=False):   # self.dtype says in what
-            self._add(rows, d.to(self.dtype), hidden, weight)
-
-    def _add(self, rows, d, hidden, weight):
-        if self.hidden is not None:
-            self.hidden[rows] = product(d, weight.to(d.dtype).T).to(hidden.dtype)
-        if self.want_weight and self.weight is None:
-            self.weight = (d.T @ hidden[rows].to(d.dtype)).to(weight.dtype)
-        elif self.want_weight and d.dtype == weight.dtype:
-            self.weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
-        elif self.want_weight:
-            self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
+            d = d.to(self.dtype)
+            if self.hidden is not None:
+                self.hidden[rows] = product(d, weight.to(d.dtype).T).to(hidden.dtype)
+            if self.want_weight and self.weight is None:
+                self.weight = (d.T @ hidden[rows].to(d.dtype)).to(weight.dtype)
+            elif self.want_weight and d.dtype == weight.dtype:
+                self.weight.addmm_(d.T, hidden[rows].to(d.dtype))   # in place: no second (V, C)
+            elif self.want_weight:
+                self.weight += d.T @ hidden[rows].to(d.dtype)       # half-precision product, full-precision sum
 
 # ----------------------------------------------------------------------------------------------------------------------
 # log-probabilities

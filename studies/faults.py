@@ -233,7 +233,7 @@ def case(folder, number, kinds, seed):
     counts = {**ended.value, "seconds": ended.seconds, "largest": (folder / "whole/last.pt").stat().st_size}
     out, waiting, tries = folder / "run", list(kinds), 0
     hits = []   # since the run was begun
-    while waiting or out.exists():
+    while waiting or hits:
         resumes = (out / "config.json").exists()
         argv = ["--out", str(out), "--resume"] if resumes else [*flags, "--out", str(out)]
         kind = waiting[0] if waiting and (resumes or waiting[0] != "folder read-only") else None
@@ -257,7 +257,7 @@ def case(folder, number, kinds, seed):
             waiting = waiting[1:] if kind else []
             if kind is None or hit["wrong"]:
                 found, hits = found + hits, []
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(folder)
     return found
 
