@@ -24,7 +24,7 @@ PATIENCE = datetime.timedelta(hours=4)   # others wait for as long as an evaluat
 
 def join():
     """Meet the other processes, if torchrun has started us."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         _together(dist.init_process_group, backend, timeout=PATIENCE)
 
@@ -54,8 +54,7 @@ def _together(call, *arguments, **options):
         return call(*arguments, **options)
     except (RuntimeError, ValueError) as e:   # ValueError: torchrun's variables make no sense
         why = re.sub(r"^\[.*?\] *", "", str(e).splitlines()[0])[:100]
-        raise InputError(f"process {os.environ.get('RANK', 0)}: another process of this run has ended, or cannot be reached "
-                         f"({why}); go on with --resume") from None
+        raise InputError(f"another process of this run has ended, or cannot be reached ({why}); go on with --resume") from None
 
 
 def mine(rows):
@@ -91,7 +90,7 @@ def start_equal(model, **facts):
     for name, found in zip(facts, said):
         first = gathered(torch.tensor(list(found), dtype=torch.uint8))[0]
         if bytes(first.tolist()) != found:
-            raise InputError(f"process {rank()}: its {name} is not that of process 0")
+            raise InputError(f"its {name} is not that of process 0")
     for t in model.state_dict().values():
         _together(dist.broadcast, t, 0)
 

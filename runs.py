@@ -171,6 +171,8 @@ def command_line(main, Config):
             stream.reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
     def program():
         parallel.join()
+        if parallel.size() > 1 and "micro_batch" not in Config.__dataclass_fields__:
+            raise InputError("torchrun is for the training scripts: this one runs in one process")
         main(parse(Config))
         parallel.leave()
     one_line(program)
@@ -192,7 +194,8 @@ def one_line(program):
 
 
 def _fail(message):
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    whose = f"process {parallel.rank()}: " if parallel.size() > 1 else ""
+    print(f"error: {whose}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 # ----------------------------------------------------------------------------------------------------------------------

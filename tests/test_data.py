@@ -971,6 +971,26 @@ def test_a_damaged_gz_file(content, tmp_path):
         data.load_pairs(str(path))
 
 
+def test_a_line_or_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    """Read so far and no further: a few bytes of .gz may hold any number of them. Plain rows of any number are taken."""
+    monkeypatch.setattr(data, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(data, "LARGEST_UNPACKED", 100_000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD + b"x" * 1001 + GOOD))
+    bad = f"{path}:{GOOD.count(b'{') + 1}: expected a row a line, found a line of over 1,000 bytes"
+    with pytest.raises(InputError, match=f"^{re.escape(bad)}$"):
+        data.read_pairs(path)
+    path.write_bytes(gzip.compress(b" \n" * 10 ** 6))
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}:\d+: the file unpacks to over [\d,]+ bytes"):
+        data.read_pairs(path)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=":1: the file is cut off or damaged .it is empty"):
+        data.read_pairs(path)
+    many = GOOD * (200_000 // len(GOOD))
+    (tmp_path / "b.jsonl").write_bytes(many)
+    assert len(data.read_pairs(tmp_path / "b.jsonl")[0]) == many.count(b"\n")
+
+
 def test_names_that_are_no_data_set(tmp_path):
     (tmp_path / "a.txt").write_bytes(GOOD)
     (tmp_path / "empty").mkdir()

@@ -6,8 +6,11 @@ files.py: a file we write is whole or not there, a file we read is never execute
 Three kinds of test: oracles that share no code with ours (the safetensors package, hashlib), cases worked by hand,
 properties. Downloads come from a server inside this process; no network is needed.
 """
+import concurrent.futures
+import functools
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
@@ -15,6 +18,7 @@ import pickle
 import socket
 import struct
 import threading
+import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -26,6 +30,7 @@ import files
 import model as gpt
 from files import (
     InputError,
+    append,
     download,
     fingerprint,
     read_checkpoint,
@@ -290,6 +295,87 @@ def test_a_tensor_file_that_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "none.pt")
 
 
+def test_append_by_hand(tmp_path):
+    append(tmp_path / "a", "one\n")
+    append(tmp_path / "a", "zwei, drei: ü\n")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "one\nzwei, drei: ü\n"
+    with pytest.raises(OSError) as e:
+        append(tmp_path / "none/a", "x")
+    assert e.value.filename == str(tmp_path / "none/a")
+
+
+@pytest.mark.parametrize("how", ["a short write", "an error behind half of it"])
+def test_append_leaves_no_half_of_a_line(tmp_path, monkeypatch, how):
+    class Full(io.FileIO):
+        def write(self, blob):
+            written = super().write(blob[:len(blob) // 2])
+            if how != "a short write":
+                raise OSError(28, "No space left on device")
+            return written
+    append(tmp_path / "a", "one\n")
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering: Full(path, "a"), raising=False)
+    with pytest.raises(OSError, match="No space left") as e:
+        append(tmp_path / "a", "a line that is not written\n")
+    assert (tmp_path / "a").read_text() == "one\n" and e.value.filename == str(tmp_path / "a")
+
+
+def test_a_full_disk_under_torchs_writer_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
+    """torch calls it a RuntimeError."""
+    class Full(io.BytesIO):
+        def write(self, blob):
+            raise OSError(28, "No space left on device")
+
+        def fileno(self):
+            raise AssertionError("nothing to sync")
+    monkeypatch.setattr(files, "open", lambda path, mode: Full(), raising=False)
+    with pytest.raises(OSError, match="No space left") as e:
+        write_checkpoint(tmp_path / "a.pt", {"model": {"x": torch.zeros(4)}})
+    assert e.value.filename == str(tmp_path / "a.pt.part")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda spans: {"x": spans["x"], "y": spans["x"]}, "y .2,. at bytes 0 to 8 of 16, expected from 8"),   # both in one place
+    (lambda spans: {"y": spans["y"]}, "y .2,. at bytes 8 to 16 of 16, expected from 0"),                   # a hole before
+    (lambda spans: {"x": spans["x"]}, "8 bytes behind the last tensor"),
+    (lambda spans: {**spans, "__metadata__": {"sha256": "0" * 64}}, "the SHA-256 of its tensors is not the one"),
+    (lambda spans: {**spans, "__metadata__": 7}, "unreadable safetensors header"),
+    (lambda spans: {"x": {**spans["x"], "shape": [1] * 9 + [2]}, "y": spans["y"]}, "damaged")])
+def test_safetensors_lie_one_behind_the_other_and_are_what_was_written(tmp_path, change, message):
+    """Many tensors in one place would take more memory than the file has bytes."""
+    spans = {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for name, at in (("x", 0), ("y", 8))}
+    head = json.dumps(change(spans)).encode()
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(head)) + head + struct.pack("<4f", 1, 2, 3, 4))
+    with pytest.raises(InputError, match=f"a: .*{message}"):
+        read_safetensors(tmp_path / "a")
+    head = json.dumps(dict(reversed(spans.items()))).encode()   # in another order they are no others
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(head)) + head + struct.pack("<4f", 1, 2, 3, 4))
+    found = read_safetensors(tmp_path / "a")
+    assert list(found) == ["y", "x"] and found["x"].tolist() == [1, 2] and found["y"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: {"x": torch.zeros(1).expand(2 ** 40)}, "found one of shape .1099511627776,. that the file does not hold"),
+    (lambda: {"x": torch.zeros(2 ** 40, layout=torch.sparse_coo)}, "does not hold"),
+    (lambda: {"x": torch.empty(9, device="meta")}, "does not hold"), (lambda: {("x",): torch.zeros(1)}, "expected names of t"),
+    (lambda: {"x": {1, 2}}, "expected tensors and plain values, found set"), (lambda: {"x": 1j}, "found complex"),
+    (lambda: functools.reduce(lambda tree, _: {"x": tree}, range(12), {}), "nested too deeply")])
+def test_only_plain_tensors_and_values_are_taken(tmp_path, make, message):
+    torch.save(make(), tmp_path / "a.pt")
+    with pytest.raises(InputError, match=f"a.pt: .*{message}"):
+        torch_load(tmp_path / "a.pt")
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    torch.save({"x": torch.zeros(10 ** 6)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert (tmp_path / "b.pt").stat().st_size < 10 ** 5
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(InputError, match="b.pt: a compressed archive, which torch does not write"):
+        torch_load(tmp_path / "b.pt")
+
+
 def test_fingerprints():
     def tree():
         return {"a": torch.tensor([[1., 2.], [3., 4.]]), "b": [1, 2.0, "x", None], "c": {"d": torch.zeros(2)}}
@@ -428,6 +514,14 @@ def test_and_so_it_does_in_the_next_process(hub, cache):
         download(A)
     assert "a.bin" not in kept(cache)
     assert download(A).read_bytes() == BODY and hub.asked[-1] == (A, "bytes=1000-")
+
+
+def test_two_that_want_the_same_file_do_not_write_into_one_another(hub, cache):
+    """One downloads, the other waits and finds it there."""
+    hub.files[A], hub.cuts = BODY, [1000, 2000]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert [path.read_bytes() for path in pool.map(download, [A] * 4)] == [BODY] * 4
+    assert [asked for _, asked in hub.asked] == [None, "bytes=1000-", "bytes=3000-"] and kept(cache) == ["a.bin"]
 
 
 def test_a_server_without_ranges_starts_again(hub, cache):

@@ -125,6 +125,36 @@ def test_runs_of_two_and_of_one_do_not_mix(folder):
 
 FLAGS = ["--steps", "400", "--micro-batch", "2", "--eval-every", "1000", "--save-every", "5", "--log-every", "1",
          "--eval-samples", "4", "--eval-answers", "0", "--dropout", "0.1", "--optimizer", "adamw-pma", "--accumulate", "2"]
+SPOILT = """
+import sys
+import parallel, runs, train_sft
+real = train_sft.losses.sft_loss
+seen = []
+
+def sft_loss(*arguments):
+    seen.append(1)
+    return real(*arguments) * (float("nan") if parallel.rank() == 1 and len(seen) == 4 else 1)
+train_sft.losses.sft_loss = sft_loss
+runs.command_line(train_sft.main, train_sft.Config)
+"""
+
+
+def test_a_loss_that_is_no_number_on_one_process_ends_both(folder):
+    """The second one names its rows; the first one says that another has ended, and does not wait for it."""
+    flags = [*FLAGS, "--accumulate", "1", "--save-every", "1"]
+    processes = together(2, folder, "-c", SPOILT, "--out", str(folder / "spoilt"), *flags)
+    said = [process.communicate(timeout=60)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    rows = data.Order([1] * 8000, 4, 1)[2][1::2]
+    assert said[1] == [f"error: process 1: step 2: the loss is nan, on the training pairs {rows[0]}, {rows[1]}: try a smaller "
+                       f"--lr. {folder}/spoilt/last.pt holds step 2"]
+    assert len(said[0]) == 1 and said[0][0].startswith("error: process 0: another process of this run has ended")
+
+
+def test_what_is_no_training_script_runs_alone(folder):
+    processes = together(2, folder, "chat.py", "--prompt", "Hello")
+    said = {process.communicate(timeout=60)[1] for process in processes}
+    assert said == {f"error: process {n}: torchrun is for the training scripts: this one runs in one process\n" for n in (0, 1)}
 
 
 def test_a_killed_process_ends_the_job_and_the_run_goes_on(folder):

@@ -190,7 +190,12 @@ def test_command_line(tmp_path):
     script = str(Path(plots.__file__))
     run = folder(tmp_path / "run", SFT)
     assert subprocess.run([sys.executable, script, str(run)]).returncode == 0 and (run / "loss.png").is_file()
-    for arguments, message in (([str(tmp_path / "none")], "config.json"), ([], "required: runs")):
+    cut, old = folder(tmp_path / "cut", SFT), folder(tmp_path / "old", SFT)
+    (cut / "metrics.jsonl").write_bytes((cut / "metrics.jsonl").read_bytes()[:-9])
+    (old / "metrics.jsonl").write_text((old / "metrics.jsonl").read_text().replace("samples", "seen"))
+    for arguments, message in (([str(tmp_path / "none")], "holds no run: expected config.json"), ([], "required: runs"),
+                               ([str(cut)], f"cut/metrics.jsonl:{len(SFT)}: not JSON"),
+                               ([str(old)], "old: its config.json or metrics.jsonl is damaged, or of another version")):
         bad = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
         assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
 
