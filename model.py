@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from files import (InputError, download, read_checkpoint, read_json, read_safetensors, torch_load, write_atomically,
+from files import (InputError, download, read_checkpoint, read_json, read_safetensors, reason, torch_load, write_atomically,
                    write_safetensors)
 
 
@@ -500,7 +500,7 @@ def build(config, state, source, kind=GPT):
     if kinds:
         raise InputError(f"{source}: expected floating-point numbers, found {kinds[0][:80]} of "
                          f"{getattr(state[kinds[0]], 'dtype', type(state[kinds[0]]).__name__)}")
-    if config.n_layer > len(state):   # before so many are built
+    if 6 * config.n_layer > len(state) + 12:   # a layer has 12; before so many are built
         raise InputError(f"{source}: {len(state)} tensors do not make {config.n_layer} layers")
     with torch.device("meta"):
         head = state.get("reward_head.weight")
@@ -577,5 +577,5 @@ if __name__ == "__main__":
     try:
         export(load(sys.argv[1]), sys.argv[2])
     except (InputError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {reason(e)}", file=sys.stderr)
         sys.exit(2)

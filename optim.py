@@ -431,9 +431,11 @@ def accumulated_step(model, optimizer, losses, rows, per_update, grad_clip=0.0, 
         if math.isfinite(norm):
             optimizer.step()
             norms.append(norm)
-        elif not scaler.get_scale() > 1:   # also without a scaler
+            scaler.update()
+        elif scaler.get_scale() > 1:
+            scaler.update(scaler.get_scale() / 2)   # also where each number is finite, and only their norm is not
+        else:   # also without a scaler
             raise NotFinite(f"the gradient's norm is {norm}", [row for k in range(k - per_update, k) for row in rows[k]])
-        scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return parallel.total(*sums), norms
 

@@ -13,6 +13,7 @@ Without torchrun there is one process, and nothing here does anything.
 import datetime
 import os
 import re
+import textwrap
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,17 @@ PATIENCE = datetime.timedelta(hours=4)   # others wait for as long as an evaluat
 
 def join():
     """Meet the other processes, if torchrun has started us."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _together(dist.init_process_group, backend, timeout=PATIENCE)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be met: start them with "
+                             f"torchrun ({shortened(e)})") from None
 
 
 def leave():
+    wait()   # none takes the connections down that another still reads from
     if dist.is_initialized():
-        _together(dist.barrier)   # none takes the connections down that another still reads from
         dist.destroy_process_group()
 
 
@@ -52,9 +56,16 @@ def _together(call, *arguments, **options):
     """A call that needs all processes. torch says in many ways that one of them has gone."""
     try:
         return call(*arguments, **options)
-    except (RuntimeError, ValueError) as e:   # ValueError: torchrun's variables make no sense
-        why = re.sub(r"^\[.*?\] *", "", str(e).splitlines()[0])[:100]
-        raise InputError(f"another process of this run has ended, or cannot be reached ({why}); go on with --resume") from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        raise InputError(f"another process of this run has ended, or cannot be reached ({shortened(e)}); go on with "
+                         "--resume") from None
+
+
+def shortened(e):
+    """An error of torch's in a few words, without the place in its source."""
+    return textwrap.shorten(re.sub(r"^\[.*?\] *", "", str(e)), 100, placeholder=" ...")
 
 
 def mine(rows):
@@ -104,10 +115,15 @@ def gathered(tensor):
     return found
 
 
+def wait():
+    """Until all are here."""
+    if size() > 1:
+        _together(dist.barrier)
+
+
 def in_turn(work):
     """One process after the other: what the first leaves on disk the others find there."""
     for turn in range(size()):
         if turn == rank():
             work()
-        if size() > 1:
-            _together(dist.barrier)
+        wait()

@@ -24,6 +24,7 @@ import data
 import lora
 import model as gpt
 import optim
+import parallel
 import runs
 
 MAPPED = 32e6   # bytes: glibc takes a block of this size from the system and gives it back; smaller ones share a heap
@@ -141,6 +142,8 @@ def show(cfg, batch_of, columns, make, kind=gpt.GPT, on_disk=None):
     order, steps = data.Order(train.lengths()[:, :columns].sum(1), cfg.micro_batch, cfg.seed), runs.count_steps(cfg, len(train))
     batch, half = batch_of(train, order.longest(steps * cfg.accumulate)), autocast is not contextlib.nullcontext
     found = count(cfg, config, batch, make, kind, device.type, half)
+    if parallel.rank():
+        return found
     print(f"{cfg.init}, on {device} in {'bfloat16 autocast' if half else 'float32'}: the longest of {steps * cfg.accumulate} "
           f"micro-batches has {len(batch.tokens):,} tokens")
     for what in ("parameters", "reference", "gradients", "optimizer state", "activations"):

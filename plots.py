@@ -51,8 +51,13 @@ def read(folder):
         raise ValueError(f"{folder} holds no run: expected config.json and metrics.jsonl in it")
     said, = rows(config, [config.read_bytes()])
     events = rows(metrics, metrics.read_bytes().splitlines())
-    if "optimizer" not in (said.get("flags") or {}) or not any(key in e for e in events for key in EVALUATED):
+    flags = said.get("flags")
+    if not isinstance(flags, dict) or "optimizer" not in flags or not any(key in e for e in events for key in EVALUATED):
         raise ValueError(f"{folder} is not a training run with an evaluation")
+    for n, event in enumerate(events, 1):
+        for key in ("step", "updates", "samples", "flops", "seconds", "train_loss", *EVALUATED):
+            if type(event.get(key, 0)) not in (int, float):
+                raise ValueError(f"{metrics}:{n}: expected {key} to be a number, found {str(event[key])[:40]!r}")
     return said, events
 
 

@@ -39,7 +39,7 @@ import torch
 
 import optim
 import parallel
-from files import InputError, append, named, read_checkpoint, read_json, write_atomically, write_checkpoint
+from files import InputError, append, named, read_checkpoint, read_json, reason, write_atomically, write_checkpoint
 
 FORMAT = 1   # of a run: raised when a run that was begun before could not go on as it began
 
@@ -144,7 +144,10 @@ def check_same(out, stored, given):
 
 
 def validate(cfg):
-    """What argparse cannot see: numbers that make no sense."""
+    """What argparse cannot see: names and numbers that make no sense."""
+    for name in ("out", "init", "data"):
+        if not getattr(cfg, name).strip():
+            raise InputError(f"--{name}: expected a name, found {getattr(cfg, name)!r}")
     for name, low in {"steps": 0, "epochs": 0, "stop_at": 1, "micro_batch": 1, "accumulate": 1, "lr": 0, "weight_decay": 0,
                       "warmup": 0, "grad_clip": 0, "eval_every": 1, "eval_samples": 1, "save_every": 1, "keep_every": 1,
                       "log_every": 1, "eval_answers": 0, "variance_every": 1, "lora_rank": 0, "dropout": 0, "seed": 0}.items():
@@ -166,14 +169,21 @@ def validate(cfg):
 
 def command_line(main, Config):
     """Run main(cfg) as a program: exit status 0 done, 2 bad input (one line on stderr), 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:   # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")   # a character that a terminal cannot show ends nothing
+
     def program():
         parallel.join()
         if parallel.size() > 1 and "micro_batch" not in Config.__dataclass_fields__:
             raise InputError("torchrun is for the training scripts: this one runs in one process")
-        main(parse(Config))
+        try:
+            main(parse(Config))
+        except SystemExit:   # -h, or told to stop, as all processes are
+            parallel.leave()
+            raise
         parallel.leave()
     one_line(program)
 
@@ -182,15 +192,21 @@ def one_line(program):
     """Run a program. What goes wrong for a reason outside the code is one line, and exit status 2, or 130 when interrupted."""
     try:
         program()
+        return
     except InputError as e:
-        sys.exit(_fail(str(e)))
+        status = _fail(str(e))
     except torch.OutOfMemoryError:
-        sys.exit(_fail("out of GPU memory: try fewer sequences at a time (--micro-batch, with a larger --accumulate)"))
+        status = _fail("out of GPU memory: try fewer sequences at a time (--micro-batch, with a larger --accumulate)")
     except OSError as e:   # missing file, no permission, full disk: the message names the file
-        sys.exit(_fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)))
+        status = _fail(reason(e))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    if parallel.size() > 1:   # the others may have gone, and torch would abort over that on the way out
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(message):
@@ -204,8 +220,10 @@ def _fail(message):
 def setup(cfg):
     """Seed torch; return the device and a function that makes the autocast context for a forward pass."""
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and parallel.size() > 1:
-        name = f"cuda:{parallel.local_rank()}"
+    if parallel.size() > 1:
+        if name not in ("cpu", "cuda"):
+            raise InputError(f"--device {name}: several processes take cpu or cuda, a GPU each")
+        name = f"cuda:{parallel.local_rank()}" if name == "cuda" else name
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
@@ -228,7 +246,7 @@ def setup(cfg):
 def rehearse(losses, optimizer, state, device):
     """Run the first of these losses forward and backward and forget it, with the `state` bytes of the optimizer in memory: what
     does not fit fails before the first step. Draws nothing from torch's generators that a later draw would miss."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         held = torch.empty(state, dtype=torch.uint8, device=device)
         if (loss := next(losses)).requires_grad:   # else this process has no row of it
             loss.backward()
@@ -261,6 +279,7 @@ class Run:
     at      the counters that every line of metrics starts with
     final   what the last evaluation found
     """
+    latest = None   # of this process, which may have ended by an error and still hold its folder
 
     def __init__(self, cfg):
         self.cfg, self.path, self.writes = cfg, Path(cfg.out), parallel.rank() == 0
@@ -268,7 +287,7 @@ class Run:
         if cfg.dtype == "float16":
             self.at["skipped"] = 0   # updates left out, since the scaled gradient overflowed
         self.best, self.last_evaluation, self.final, self.stop, self.draw_after = float("inf"), -1, {}, False, 0.0
-        self.handlers, self.saved = {}, None
+        self.handlers, self.saved, self.signalled, self.lock = {}, None, False, None
         if cfg.resume and cfg.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
         self._refuse_used()
@@ -283,11 +302,16 @@ class Run:
         if (self.path / "scores.json").exists():
             raise InputError(f"{self.path} holds an evaluation: choose another --out")
         used = [f for f in OURS if any(self.path.glob(f))]
+        if not self.cfg.resume and not is_run(self.path):   # but a killed --overwrite may have left something of one
+            other = sorted(f.name for f in self.path.glob("*") if f.name == "config.json" or not f.name.endswith(".part")
+                           and not any(f.match(name) for name in (*OURS, "lock")))
+            if other:
+                raise InputError(f"{self.path} holds other files ({other[0]}), and no run: choose another --out")
         if used and not (self.cfg.resume or self.cfg.overwrite):
             raise InputError(f"{self.path} already holds a run ({used[0]}): choose --resume, --overwrite or another --out")
-        other = sorted(f.name for f in self.path.glob("*") if f.name != "lock" and not f.name.endswith(".part"))
-        if other and not used:
-            raise InputError(f"{self.path} holds other files ({other[0]}), and no run: choose another --out")
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise InputError(f"--out {self.path}: {there} is no folder that may be written")
 
     def stored_flags(self):
         """The flags of the run in the folder, if they are of this script and this version."""
@@ -313,56 +337,83 @@ class Run:
     def begin(self, model, optimizer, steps, **facts):
         """Take the folder: lock it, then clear it, or with --resume put everything back to where last.pt was written. `facts`
         go into config.json. From here on Ctrl-C ends the run after the step in hand, with a checkpoint."""
-        self.steps, checkpoint, device = steps, None, model.wte.weight.device.type
+        self.steps, device = steps, model.wte.weight.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.cfg.dtype == "float16")
         self.identity = {key: facts[key] for key in ("init_sha256", "data_sha256")} | {
             "device": device, "processes": parallel.size()}
         parallel.start_equal(model, **{key: facts[key] for key in ("init_sha256", "data_sha256")})
         if parallel.rank():
             torch.manual_seed(self.cfg.seed + 1_000_003 * parallel.rank())   # its own dropout
+        if Run.latest:
+            Run.latest._give_back()
+        Run.latest = self
+        if self.writes:
+            with named(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.path / "lock", "w")
+        try:
+            self._take(model, optimizer, facts)
+        except BaseException:
+            self._give_back()
+            raise
+        self.began_at, self.began = self.at["step"], time.time()
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                             if signal.getsignal(s) is not signal.SIG_IGN}   # nohup ignores the last
+
+    def _take(self, model, optimizer, facts):
+        checkpoint = None
+        if self.writes:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.path}: another process is writing this run") from None
         if self.cfg.resume:
             given = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in MAY_CHANGE}
             check_same(self.path, self.stored_flags(), given)
             if (self.path / "last.pt").is_file():
                 checkpoint = self._read_last(model, optimizer)
-        if self.writes:
-            with named(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                self.lock = open(self.path / "lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{self.path}: another process is writing this run") from None
+                if self.cfg.stop_at is not None and self.cfg.stop_at < checkpoint["at"]["step"]:
+                    raise InputError(f"--stop-at {self.cfg.stop_at}: {self.path}/last.pt is at step {checkpoint['at']['step']} "
+                                     "already")
+            elif self._has_trained():
+                raise InputError(f"{self.path} holds a run that has trained, and its last.pt is gone: it cannot be resumed")
         if checkpoint:
             for name, p in trained(model).items():
                 p.copy_(checkpoint["model"][name])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})   # the rest is in the flags
             self.scaler.load_state_dict(checkpoint["scaler"])
             set_rng_state(checkpoint["rng"][parallel.rank()], model.wte.weight.device, self.path / "last.pt")
             for key in ("at", "best", "last_evaluation", "final"):
                 setattr(self, key, checkpoint[key])
             self.saved = self.at["step"]
-            self.say(f"resumed at step {self.at['step']} of {steps}")
+            self.say(f"resumed at step {self.at['step']} of {self.steps}")
         elif self.cfg.resume:
             self.say("there is no last.pt yet: from the beginning")
+        # its first call sets it up, which a process without a row in the first step would not make
+        self.scaler.scale(torch.zeros((), device=model.wte.weight.device))
         if self.writes:
             if not checkpoint:
                 self._refuse_used()   # another process may have come first
-                for name in OURS:     # config.json first: what is left of the old run then cannot be taken for one
-                    for file in (*self.path.glob(name), *self.path.glob(f"{name}.part")):
-                        file.unlink(missing_ok=True)
+            for name in OURS:   # config.json first: what is left of the old run then cannot be taken for one
+                old = () if checkpoint or self.cfg.resume and name == "config.json" else self.path.glob(name)
+                for file in (*old, *self.path.glob(f"{name}.part")):
+                    file.unlink(missing_ok=True)
             modules = (torch, numpy, tiktoken, matplotlib)
             write_atomically(self.path / "config.json", json.dumps({
-                "script": script_of(self.cfg), "format": FORMAT, "flags": dataclasses.asdict(self.cfg), "steps": steps,
+                "script": script_of(self.cfg), "format": FORMAT, "flags": dataclasses.asdict(self.cfg), "steps": self.steps,
                 "model": dataclasses.asdict(model.config), **facts, "processes": parallel.size(),
                 "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in modules}},
                 "commit": commit()}, indent=2).encode())
             for name in LOGS:   # on resume: forget what was written after the checkpoint
                 with named(self.path / name), open(self.path / name, "ab") as f:
                     f.truncate(checkpoint["logs"][name]["bytes"] if checkpoint else 0)
-        self.began_at, self.began = self.at["step"], time.time()
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _has_trained(self):
+        """last.pt is first written at step 0, before a step is done."""
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        return any(not line.startswith('{"step": 0,') for line in lines)
 
     def _read_last(self, model, optimizer):
         """last.pt, if it is of a run like this one in every respect."""
@@ -373,21 +424,25 @@ class Run:
             raise InputError(f"{path} is no checkpoint to resume this run from: it has no {', '.join(missing)}")
         for key, now in self.identity.items():
             if checkpoint[key] != now:
-                flag = {"init_sha256": "init", "data_sha256": "data"}.get(key)
-                raise InputError(f"{self.path} cannot be resumed: " + (
-                    f"--{flag} {getattr(self.cfg, flag)} is not what it was when the run began" if flag else
-                    f"its {key} was {str(checkpoint[key])[:40]}, now {now}"))
-        if isinstance(checkpoint["optimizer"], dict) and checkpoint["optimizer"].get("state"):   # none before the first step
-            expected["optimizer"]["state"] = optim.state_form(self.cfg.optimizer, self.cfg.betas, self.cfg.accumulate, [
+                was = str(checkpoint[key])[:40]
+                raise InputError(f"{self.path} cannot be resumed: " + {
+                    "init_sha256": f"--init {self.cfg.init} is not what it was when the run began",
+                    "data_sha256": f"--data {self.cfg.data} is not what it was when the run began",
+                    "device": f"it ran on {was}, this is {now}",
+                    "processes": f"it ran as {was} processes, these are {now} (torchrun --nproc-per-node)"}[key])
+        if checkpoint["optimizer"]:   # nothing before the first step
+            expected["optimizer"] = optim.state_form(self.cfg.optimizer, self.cfg.betas, self.cfg.accumulate, [
                 p for group in optimizer.param_groups for p in group["params"]])
         if isinstance(checkpoint["final"], dict):
             expected["final"] = checkpoint["final"]
         expected["rng"] *= parallel.size()
-        wrong = unlike(checkpoint, expected) or (min(checkpoint["at"].values()) < 0 and "at: a counter below 0")
+        wrong = unlike(checkpoint, expected)
+        if not wrong and not all(0 <= x < float("inf") for x in checkpoint["at"].values()):
+            wrong = "at: a counter that is none"
         if wrong:
             raise InputError(f"{path} is no checkpoint to resume this run from: {wrong}")
         for name, log in checkpoint["logs"].items():
-            found = self._log_state(name, int(log["bytes"]))
+            found = self._log_state(name, log["bytes"])
             if found != log:
                 how = "is shorter" if found["bytes"] < log["bytes"] else "says something else"
                 raise InputError(f"{self.path}/{name} {how} than when last.pt was written: the run cannot be resumed")
@@ -401,15 +456,16 @@ class Run:
 
     def _state(self, model, optimizer):
         """What last.pt holds, with the generators of this process alone."""
-        return {"model": trained(model), "model_config": dataclasses.asdict(model.config), "optimizer": optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "rng": [rng_state(model.wte.weight.device)],
+        return {"model": trained(model), "model_config": dataclasses.asdict(model.config),
+                "optimizer": optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
+                "rng": [rng_state(model.wte.weight.device)],
                 "logs": {name: self._log_state(name) for name in LOGS}, "at": self.at, "best": self.best,
                 "last_evaluation": self.last_evaluation, "final": self.final, **self.identity}
 
     def _interrupt(self, number, frame):
-        if self.stop:   # the second time: at once
+        if self.signalled and number == signal.SIGINT:   # the second Ctrl-C: at once
             raise KeyboardInterrupt
-        self.stop = True
+        self.signalled = True
         with contextlib.suppress(OSError):   # not print: it may be what was interrupted
             os.write(2, b"\nstopping after this step ...\n")
 
@@ -424,6 +480,7 @@ class Run:
         if not math.isfinite(found[key]):
             raise self._broken(f"{key} is {found[key]}")
         self.final, self.last_evaluation = found, self.at["step"]
+        self._check_place()
         self._log(**found, peak_memory=peak_memory())
         append(self.path / "samples.txt", f"=== step {self.at['step']}\n{samples}")
         better = found[key] < self.best
@@ -444,6 +501,7 @@ class Run:
         self._write(name, {"model": state, "model_config": dataclasses.asdict(config)})
 
     def _write(self, name, checkpoint):
+        self._check_place()
         broken = not_finite(checkpoint)
         if broken:
             raise self._broken(f"the weights are not finite any more ({broken})")
@@ -459,18 +517,22 @@ class Run:
         """The pictures again, draw(folder), at the end and as often as takes a thirtieth of the time at most."""
         now = time.time()
         if now > self.draw_after or self.at["step"] == self.steps:
-            draw(self.path)
+            try:
+                draw(self.path)
+            except ValueError as e:   # plots.py's word for files that are not as they were written
+                raise InputError(str(e)) from None
             self.draw_after = time.time() + 30 * (time.time() - now)
 
     def probe_due(self):
         return self.cfg.variance_every is not None and self.at["step"] % self.cfg.variance_every == 0
 
     def probed(self, found):
-        self._log(**found)
+        if math.isfinite(found["grad_variance"]):   # in float16 the scale may still be too large
+            self._log(**found)
 
     def goes_on(self, model, optimizer):
         """Save last.pt where it is due; whether there is another step to do."""
-        step, self.stop = self.at["step"], parallel.any_of(self.stop)
+        step, self.stop = self.at["step"], parallel.any_of(self.signalled)
         ends = step >= self.steps or step == self.cfg.stop_at or self.stop
         if ends or step % (self.cfg.save_every or self.cfg.eval_every) == 0:
             state = self._state(model, optimizer)
@@ -480,6 +542,7 @@ class Run:
             if self.writes:
                 self._write("last.pt", state)
             self.saved = step
+            parallel.wait()   # torchrun ends them all when one ends: not before this is written
         return not ends
 
     def step(self, model, optimizer, batches, losses):
@@ -507,12 +570,12 @@ class Run:
             numbers = " | ".join(f"{key.removeprefix('train_').replace('_', ' ')} {value:.4g}" for key, value in values.items())
             line = f"step {step:>5}/{steps} {step / steps:4.0%} | {numbers} | {tokens / took:,.0f} tokens/s | {clock(left)} left"
             terminal = sys.stdout.isatty()
-            print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", flush=True)
+            show(f"\r{line}\033[K" if terminal else line, "" if terminal else "\n")
 
     def say(self, text):
         """A line that stays, also where the progress line overwrites itself."""
         if self.writes:
-            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
+            show(f"\r\033[K{text}" if sys.stdout.isatty() else text)
 
     def end(self):
         """Give the folder and the signals back; after an interrupt, end the program with status 130."""
@@ -524,14 +587,39 @@ class Run:
         return {**self.at, **self.final, "best": self.best}
 
     def _give_back(self):
+        Run.latest = None
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.writes:
+        self.handlers = {}
+        if self.lock:
             self.lock.close()
+
+    def _check_place(self):
+        """The folder may have been moved, and another run may be where it was."""
+        here = self.path / "lock"
+        if not here.is_file() or os.stat(here).st_ino != os.fstat(self.lock.fileno()).st_ino:
+            raise InputError(f"{self.path} is not this run's folder any more: it was moved or removed")
 
     def _log(self, **values):
         if self.writes:
+            self._check_place()
             append(self.path / "metrics.jsonl", json.dumps({**self.at, **values}) + "\n")
+
+
+def show(text, end="\n"):
+    """A run goes on where what it says is no longer read, or has no room."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_run(folder):
+    """Whether a folder's config.json was written by a training script."""
+    try:
+        return isinstance(read_json(folder / "config.json").get("flags"), dict)
+    except (OSError, InputError):
+        return False
 
 
 def script_of(cfg):
@@ -570,8 +658,8 @@ def unlike(found, expected, where=""):
             return f"{where}: expected {len(expected)} values"
         parts = [(*both, where) for both in zip(found, expected)]
     else:
-        numbers = all(type(x) in (int, float) for x in (found, expected))
-        return None if numbers or type(found) is type(expected) else f"{where}: expected {expected!r}, found {str(found)[:40]!r}"
+        fit = type(found) is type(expected) or type(expected) is float and type(found) is int
+        return None if fit else f"{where}: expected {expected!r}, found {str(found)[:40]!r}"
     return next(filter(None, (unlike(*part) for part in parts)), None)
 
 

@@ -104,7 +104,7 @@ def evaluate(cfg, model, look, autocast, valid):
 
 def again(cfg, init_sha256, device):
     """--init once more: the reference of a run that keeps only its cache, for as long as an evaluation takes."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(cfg.seed)   # as when it was first read: --init mini is drawn
         model = gpt.load(cfg.init, block_size=cfg.block_size)
     if fingerprint(model.state_dict()) != init_sha256:

@@ -60,7 +60,8 @@ def measure(optimizer, block, losses, micro_batches, per_update, seed, grad_clip
             total = [of[id(p)] for p in params]
         return [g + decay[p] * p.detach() if decay.get(p) else g for g, p in zip(total, params)]
 
-    with torch.random.fork_rng(), torch.enable_grad():   # dropout draws from torch's own generators
+    # dropout draws from torch's own generators
+    with torch.random.fork_rng([params[0].device] if params[0].is_cuda else []), torch.enable_grad():
         rng = np.random.default_rng(seed)
         torch.manual_seed(int(rng.integers(2 ** 31)))
         walks = [(Walker(optimizer, params), losses(rng)) for _ in range(samples)]

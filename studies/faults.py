@@ -147,7 +147,7 @@ def fail(number):
 def started(script, argv, folder, fault=None, number=None, delay=0.0):
     """The script as a program, in a fork. fault(): what is arranged before it begins."""
     def program():
-        os.environ["HF_HOME"] = str(folder.parent / "cache")
+        os.environ["HF_HOME"] = str(folder / "cache")
         sys.argv = [script.__file__, *argv]
         torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 40)
         hooked = fault() if fault else Hooked()
@@ -215,7 +215,7 @@ def unsound(out):
     return None
 
 
-def misbehaved(kind, ended):
+def misbehaved(kind, ended, out):
     """What is wrong with the way in which a run that was hit ended, or None."""
     lines = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     allowed = {"SIGKILL": (-9,), "SIGTERM": (130, -15), "SIGINT": (130,)}.get(kind, (2,) if kind in DISK else (-9,))
@@ -223,7 +223,16 @@ def misbehaved(kind, ended):
         return f"status {ended.status}: {ended.said[-800:]}"
     if "Traceback" in ended.said or kind in DISK and len(lines) != 1:
         return f"no clear line: {ended.said[-800:]}"
+    if "stopping after this step" in ended.said:
+        return unsaved(out)
     return None
+
+
+def unsaved(out):
+    """A run that was told to stop has saved the step that it ended with; here every step is in metrics.jsonl."""
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    saved = read_checkpoint(out / "last.pt")["at"]["step"]
+    return None if saved == last else f"stopped without a checkpoint: at step {last}, saved {saved}"
 
 
 def case(folder, number, kinds, seed):
@@ -231,10 +240,14 @@ def case(folder, number, kinds, seed):
     name, script, flags = cases()[number]
     folder, draw, found = folder / f"case-{number}", random.Random(f"{seed} {number}"), []
     folder.mkdir()
+    if (shared := folder.parent / "start.log/cache").is_dir():   # the data's tokens
+        shutil.copytree(shared, folder / "cache")
     flags = [str(folder.parent / "start") if flag == "START" else flag for flag in flags]
     ended = started(script, [*flags, "--out", str(folder / "whole")], folder)
     assert ended.status == 0, (name, ended.said)
     whole = state(folder / "whole")
+    caches = folder / "cache/nanopost/reference"
+    shutil.rmtree(caches, ignore_errors=True)   # to be filled under fire
     counts = {**ended.value, "seconds": ended.seconds, "largest": (folder / "whole/last.pt").stat().st_size}
     out, waiting, tries = folder / "run", list(kinds), 0
     hits = []   # since the run was begun
@@ -253,10 +266,11 @@ def case(folder, number, kinds, seed):
             for hit in hits:
                 hit["wrong"] = hit["wrong"] or different
             shutil.rmtree(out)
+            shutil.rmtree(caches, ignore_errors=True)
             found, hits, tries = found + hits, [], tries + 1
             assert tries < 20 * len(kinds), (name, waiting)
         else:
-            wrong = misbehaved(kind, ended) if kind else f"could not go on: {ended.said[-800:]}"
+            wrong = misbehaved(kind, ended, out) if kind else f"could not go on: {ended.said[-800:]}"
             hit = {"case": name, "kind": kind, "wrong": wrong or unsound(out)}
             hits.append(hit)
             waiting = waiting[1:] if kind else []
@@ -267,13 +281,14 @@ def case(folder, number, kinds, seed):
     return found
 
 
-JOBS = ("SIGKILL of process 0", "SIGKILL of process 1", "SIGTERM of torchrun", "SIGINT of torchrun")
+JOBS = ("SIGKILL of process 0", "SIGKILL of process 1", "SIGTERM of torchrun", "SIGINT of torchrun", "SIGTERM of process 0",
+        "SIGTERM of process 1")
 JOB = ["--steps", "120", "--micro-batch", "2", "--accumulate", "2", "--optimizer", "adamw-pma", "--dropout", "0.1",
        "--eval-every", "1000", "--save-every", "5", "--log-every", "1", "--eval-samples", "4", "--eval-answers", "2"]
 
 
 def torchrun(out, *flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent / "start.log/cache")}
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                              "train_sft.py", "--out", str(out), *flags], cwd=HERE, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=environment)
@@ -290,8 +305,10 @@ def job(folder, kind, whole, seed):
     workers = [pid for _, pid in sorted(map(rank_of, children(running.pid)))]
     os.kill(running.pid if whom == "torchrun" else workers[int(whom[-1])], SIGNALS[number])
     _, said = running.communicate(timeout=120)
-    if whom != "torchrun" and "another process of this run has ended" not in said:
+    if number == "SIGKILL" and "another process of this run has ended" not in said:
         wrong = f"no clear line: {said[:1500]}"
+    if number != "SIGKILL":
+        wrong = unsaved(out)
     wrong = wrong or unsound(out) or (None if running.returncode else "it ended before it was hit")
     again = torchrun(out, "--resume")
     _, said = again.communicate(timeout=120)

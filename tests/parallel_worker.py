@@ -17,7 +17,7 @@ import train_reward
 import train_sft
 
 SHARED = {"steps": 5, "eval_every": 5, "eval_samples": 4, "eval_answers": 0, "log_every": 1, "grad_clip": 0.5, "warmup": 2}
-CASES = {   # name: (script, its flags); in fp64, but for those of fp32 at the end
+CASES = {   # name: (script, its flags); in fp64, but for those at the end
     "accumulation": (train_sft, {"accumulate": 2, "lr": 1e-3}),
     "pma": (train_sft, {"accumulate": 3, "optimizer": "adamw-pma", "lr": 1e-3, "variance_every": 3}),
     "lion-pma": (train_sft, {"accumulate": 3, "optimizer": "lion-pma", "lr": 1e-4, "lora_rank": 2}),
@@ -27,6 +27,7 @@ CASES = {   # name: (script, its flags); in fp64, but for those of fp32 at the e
     "dpo-lora": (train_dpo, {"accumulate": 2, "lr": 1e-3, "lora_rank": 2, "lora_bias": "all"}),
     "reward": (train_reward, {"accumulate": 2, "lr": 1e-3}),
     "fp32-sgd": (train_sft, {"accumulate": 2, "optimizer": "sgd", "lr": 1e-2}),
+    "fp16": (train_sft, {"steps": 4, "eval_every": 4, "optimizer": "sgd", "lr": 1e-2, "dtype": "float16"}),
     "fp32-cache": (train_dpo, {"accumulate": 2, "optimizer": "sgd", "lr": 1e-2, "loss": "cdpo", "reference": "cache"}),
 }
 
@@ -37,7 +38,7 @@ def main(folder, names):
     load, reward_model, plots.draw = gpt.load, gpt.reward_model, lambda folder: None
     for name in names:
         script, flags = CASES[name]
-        wide = not name.startswith("fp32")
+        wide = not name.startswith("fp")
         gpt.load = (lambda *a, **k: load(*a, **k).double()) if wide else load
         gpt.reward_model = (lambda *a, **k: reward_model(*a, **k).double()) if wide else reward_model
         cfg = script.Config(out=f"{folder}/{parallel.size()}/{name}", data=data, init=f"{folder}/start",

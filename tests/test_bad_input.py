@@ -51,7 +51,7 @@ def bad(tmp_path_factory):
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(train_sft.plots, "draw", lambda folder: None)
         patch.chdir(top)
-        small = {"steps": 2, "micro_batch": 2, "eval_every": 2, "eval_samples": 2, "eval_answers": 0}
+        small = {"steps": 2, "micro_batch": 2, "eval_every": 2, "eval_samples": 2, "eval_answers": 0, "log_every": 1}
         for name, more in (("SFT", {}), ("CUT", {"stop_at": 1}), ("LORA", {"lora_rank": 2, "init": "SFT"})):
             train_sft.main(train_sft.Config(out=name, **small, **more))
         train_dpo.main(train_dpo.Config(out="DPO", init="SFT", **small))
@@ -68,6 +68,10 @@ def bad(tmp_path_factory):
             config = json.loads(Path(name, "config.json").read_text())
             Path(name, "config.json").write_text(json.dumps({**config, **more, "flags": {**config["flags"], **flags}}))
         shutil.copy("BEST-ONLY/best.pt", "BEST-ONLY/last.pt")
+        Path("GONE").mkdir()
+        for file in Path("CUT").iterdir():
+            if file.name != "last.pt":
+                shutil.copy(file, "GONE")
         Path("EMPTY").mkdir()
         Path("NOTES").mkdir()
         Path("NOTES/diary.txt").write_text("dear diary")
@@ -221,7 +225,7 @@ TABLE = [
     ("eval_reward.py", "--temperatures 0,-1", "--temperatures: expected 0 to 100"),
     ("eval_reward.py", "--max-new-tokens 512", "--max-new-tokens 512: mini has a context of 512 tokens"),
     ("eval_reward.py", "--prompts nowhere.jsonl", "nowhere.jsonl: No such file"),
-    ("eval_reward.py", "--prompts prompts.jsonl", "prompts.jsonl:2: expected a JSON object, found b'{\"prompt\"'"),
+    ("eval_reward.py", "--prompts prompts.jsonl", "prompts.jsonl:2: expected a JSON object, found '{\"prompt\"'"),
     ("eval_reward.py", "--prompts number.jsonl", 'number.jsonl:1: expected the key "prompt" with a text'),
     ("eval_reward.py", "--prompts turns.jsonl", "turns.jsonl:1: expected a question, or a dialogue"),
     ("eval_reward.py", "--prompts no.jsonl", "no.jsonl: no prompts in it"),
@@ -283,6 +287,15 @@ TABLE = [
     ("train_sft.py", "--out NO-METRICS --resume", "NO-METRICS/metrics.jsonl is shorter than when last.pt was written"),
     ("train_sft.py", "--out OTHER-METRICS --resume", "metrics.jsonl says something else than when last.pt was written"),
     ("train_sft.py", "--out BEST-ONLY --resume", "BEST-ONLY/last.pt is no checkpoint to resume this run from: it has no at"),
+    ("train_sft.py", "--out GONE --resume", "GONE holds a run that has trained, and its last.pt is gone"),
+    ("train_sft.py", "--out SFT --resume --stop-at 1", "--stop-at 1: SFT/last.pt is at step 2 already"),
+    ("train_sft.py", "--out hf --overwrite", "hf holds other files (config.json), and no run: choose another --out"),
+    ("train_sft.py", "--out FILE/run", "--out FILE/run: "),
+    ("train_sft.py", "--out=", "--out: expected a name, found ''"),
+    ("train_sft.py", "--init=", "--init: expected a name, found ''"),
+    ("train_sft.py", "--data=", "--data: expected a name, found ''"),
+    ("train_sft.py", "--data ,", "--data: expected a name or a path, found ','"),
+    ("eval_reward.py", "--data keys.jsonl,", "--data: expected a name or a path, found 'keys.jsonl,'"),
     ("train_sft.py", "--out LOCKED", "LOCKED already holds a run"),
     ("train_sft.py", "--out LOCKED --resume", "LOCKED: another process is writing this run"),
     ("train_sft.py", "--out LOCKED --overwrite", "LOCKED: another process is writing this run"),

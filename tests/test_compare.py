@@ -139,9 +139,11 @@ def test_compare_on_the_command_line(tmp_path):
     assert (tmp_path / "compare.png").is_file() and not (tmp_path / "compare-variance.png").exists()
     again = program(*reversed(runs), "--out", str(tmp_path))
     assert "speedup over lion in samples" in again.stdout   # the first run's, unless one is named
+    damaged = str(folder(tmp_path / "damaged", [{"step": 0, "samples": 0, "val_loss": "low"}], optimizer="adamw"))
     for arguments, message in (([runs[1], "--baseline", "adamw"], "no runs of the baseline 'adamw', but of 'lion'"),
                                ([], "required: runs"),
                                ([*runs, "--x", "hours"], "invalid choice"),
-                               ([str(tmp_path)], "config.json")):
+                               ([str(tmp_path)], "config.json"),
+                               ([damaged], "metrics.jsonl:1: expected val_loss to be a number")):
         bad = program(*arguments)
         assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr

@@ -400,7 +400,7 @@ def test_a_reference_that_has_changed_is_refused(trained, tmp_path):
 
 
 @pytest.mark.parametrize("lines, message", [
-    ('{"prompt": "a"}\nnot json\n', ":2: expected a JSON object, found b'not json'"),
+    ('{"prompt": "a"}\nnot json\n', ":2: expected a JSON object, found 'not json'"),
     ('{"prompt": "a"}\n{"question": "b"}\n', ':2: expected the key "prompt"'),
     ('{"prompt": " "}\n', ':1: expected the key "prompt"'),
     ('["a"]\n', ':1: expected the key "prompt"'),

@@ -339,7 +339,7 @@ def test_a_full_disk_under_torchs_writer_is_an_oserror_that_names_the_file(tmp_p
     (lambda spans: {"x": spans["x"]}, "8 bytes behind the last tensor"),
     (lambda spans: {**spans, "__metadata__": {"sha256": "0" * 64}}, "the SHA-256 of its tensors is not the one"),
     (lambda spans: {**spans, "__metadata__": 7}, "unreadable safetensors header"),
-    (lambda spans: {"x": {**spans["x"], "shape": [1] * 9 + [2]}, "y": spans["y"]}, "damaged")])
+    (lambda spans: {"x": {**spans["x"], "shape": [1] * 9 + [2]}, "y": spans["y"]}, "unreadable safetensors header")])
 def test_safetensors_lie_one_behind_the_other_and_are_what_was_written(tmp_path, change, message):
     """Many tensors in one place would take more memory than the file has bytes."""
     spans = {name: {"dtype": "F32", "shape": [2], "data_offsets": [at, at + 8]} for name, at in (("x", 0), ("y", 8))}

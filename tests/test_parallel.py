@@ -75,11 +75,11 @@ def test_two_processes_equal_one(folder, case):
     """Losses, gradient norms, counters and weights, with accumulation and where each micro-batch is an update of its own; 9 pairs
     in micro-batches of 4 leave one process without a row in every third."""
     one, two = (folder / str(n) / case for n in (1, 2))
-    close = 1e-6 if case.startswith("fp32") else 1e-10
+    close = {"fp16": 2e-3, "fp32": 1e-6}.get(case[:4], 1e-10)
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
         for key in a:   # a win is a number in fp32; there, what is neither a loss nor a weight gathers some rounding more
-            tolerance = close if key.endswith("loss") else 1e-5 if close == 1e-6 else 1e-7 if "accuracy" in key else close
+            tolerance = close if key.endswith("loss") else max(close, 1e-5) if close > 1e-10 else 1e-7 if "accuracy" in key else close
             np.testing.assert_allclose(np.array(a[key], dtype=float), np.array(b[key], dtype=float), tolerance, tolerance)
     a, b = (read_checkpoint(run / "last.pt") for run in (one, two))
     start = gpt.load(str(folder / "start")).state_dict()
@@ -119,7 +119,7 @@ def test_runs_of_two_and_of_one_do_not_mix(folder):
     script, flags = parallel_worker.CASES["fp32-sgd"]
     out = folder / "2" / "fp32-sgd"
     stored = script.runs.Run(script.Config(out=str(out), resume=True)).stored_flags()
-    with pytest.raises(InputError, match="its processes was 2, now 1"):
+    with pytest.raises(InputError, match="it ran as 2 processes, these are 1"):
         script.main(replace(script.Config(**stored), resume=True))
 
 

@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import json
 import signal
+import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -183,17 +185,113 @@ def test_a_folder_with_an_evaluation_is_left_alone(tmp_path):
             begun(tmp_path, **flags)
 
 
-def test_first_signal_is_polite_the_second_is_not(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_polite_and_only_a_second_ctrl_c_is_not(tmp_path, number):
+    """A terminal, a batch system and torchrun may all send SIGTERM for one and the same reason."""
     run, model, optimizer = begun(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     assert run.goes_on(model, optimizer)
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(number)
     assert not run.goes_on(model, optimizer)   # saved, and no further step
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         run.end()
-    assert stopped.value.code == 130 and signal.getsignal(signal.SIGTERM) != before
+    assert stopped.value.code == 130 and signal.getsignal(number) != before
+
+
+def test_a_signal_while_the_processes_agree_is_not_lost(tmp_path, monkeypatch):
+    """It comes when this process has told that it had none."""
+    run, model, optimizer = begun(tmp_path)
+    real = runs.parallel.any_of
+
+    def interrupted(flag):
+        found = real(flag)
+        if not run.signalled:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+    monkeypatch.setattr(runs.parallel, "any_of", interrupted)
+    assert run.goes_on(model, optimizer) and not run.goes_on(model, optimizer)
+    with pytest.raises(SystemExit):
+        run.end()
+
+
+def test_nohup_stays_in_force(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run, _, _ = begun(tmp_path)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and set(run.handlers) == {signal.SIGINT, signal.SIGTERM}
+        run.end()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_that_was_moved_away_is_not_written_to(tmp_path):
+    """Another run may have taken its place: each would write over the other."""
+    run, model, optimizer = begun(tmp_path)
+    run.goes_on(model, optimizer)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = {f.name: f.read_bytes() for f in (tmp_path / "moved").iterdir()}
+    second = runs.Run(Config(out=str(tmp_path / "run")))
+    runs.Run.latest = None   # as in a process of its own
+    second.begin(model, optimizer, 4, init_sha256="x", data_sha256="y")
+    taken = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    for write in (lambda: run.goes_on(model, optimizer), lambda: run._log(train_loss=1.0),
+                  lambda: run.evaluated("val_loss", {"val_loss": 1.0}, "")):
+        with pytest.raises(InputError, match="run is not this run's folder any more: it was moved or removed"):
+            write()
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == taken
+    assert {f.name: f.read_bytes() for f in (tmp_path / "moved").iterdir()} == moved
+    second.end()
+
+
+def test_a_run_whose_last_pt_is_gone_keeps_the_rest(tmp_path):
+    run, model, optimizer = begun(tmp_path, keep_every=1)
+    run.goes_on(model, optimizer)
+    run.stepped(run.began, [1.0], 0.1, 1, 1, 1)
+    run.keep("step-1.pt", model.config, model.state_dict())
+    run.end()
+    (tmp_path / "run/last.pt").unlink()
+    before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
+    with pytest.raises(InputError, match="holds a run that has trained, and its last.pt is gone: it cannot be resumed"):
+        begun(tmp_path, resume=True, keep_every=1)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("files", [{"config.json": '{"vocab_size": 1}', "model.safetensors": "weights"}, {"config.json": "hi"},
+                                   {"metrics.jsonl": "precious", "thesis.tex": "more so"}, {"best.pt.bak": "mine"}])
+def test_overwrite_is_for_runs_alone(tmp_path, files):
+    """A Hugging Face folder has a config.json, too."""
+    (tmp_path / "run").mkdir()
+    for name, text in files.items():
+        (tmp_path / "run" / name).write_text(text)
+    for flags in ({}, {"overwrite": True}):
+        with pytest.raises(InputError, match="run holds other files .*, and no run: choose another --out"):
+            begun(tmp_path, **flags)
+    assert {f.name: f.read_text() for f in (tmp_path / "run").iterdir()} == files
+
+
+def test_what_a_killed_overwrite_left_is_overwritten(tmp_path):
+    run, model, optimizer = begun(tmp_path)
+    run.goes_on(model, optimizer)
+    run.end()
+    (tmp_path / "run/config.json").unlink()   # the first to go
+    (tmp_path / "run/last.pt.part").touch()
+    run, _, _ = begun(tmp_path, overwrite=True)
+    assert not (tmp_path / "run/last.pt").exists() and not (tmp_path / "run/last.pt.part").exists()
+    run.end()
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path):
+    """| head -1, | tee that is killed, > /dev/full, >&-"""
+    flags = ["--steps", "2", "--micro-batch", "2", "--eval-samples", "2", "--eval-answers", "0", "--log-every", "1"]
+    for i, end in enumerate(("| head -1", "> /dev/full", ">&-", ">&- 2>&-")):
+        out = tmp_path / str(i)
+        line = f"set -o pipefail; {sys.executable} train_sft.py --out {out} {' '.join(flags)} {end}"
+        done = subprocess.run(["bash", "-c", line], cwd=Path(runs.__file__).parent, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", (end, done.stderr)
+        assert read_checkpoint(out / "last.pt")["at"]["step"] == 2
 
 
 def test_a_rehearsal_changes_nothing(monkeypatch):
@@ -302,7 +400,8 @@ def test_values_for_flags_by_hand(value, hint, fit):
 
 @pytest.mark.parametrize("found, message", [
     ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}, None),
-    ({"a": torch.ones(2), "b": [2.5, {"c": 7}], "d": "y"}, None),   # the form is compared, not the numbers
+    ({"a": torch.ones(2), "b": [7, {"c": 7}], "d": "y"}, None),   # the form is compared, not the numbers
+    ({"a": torch.zeros(2), "b": [1.5, {"c": 2.5}], "d": "x"}, "b: expected 1, found '1.5'"),
     ({"a": torch.zeros(3), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float32 (3,)"),
     ({"a": torch.zeros(2).half(), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float16 (2,)"),
     ({"a": [0, 0], "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found list"),

@@ -369,7 +369,7 @@ def test_lora_works_with_every_optimizer(sft, tmp_path, no_pictures, optimizer):
     config, last = json.loads((out / "config.json").read_text()), read_checkpoint(out / "last.pt")
     assert config["trainable"] == 2 * 2 * 16 * 128 and config["parameters"] == 724_480 + config["trainable"]
     assert sum(t.numel() for t in last["model"].values()) == config["trainable"]
-    state = [t for s in last["optimizer"]["state"].values() for t in s.values() if torch.is_tensor(t) and t.dim()]
+    state = [t for s in last["optimizer"].values() for t in s.values() if torch.is_tensor(t) and t.dim()]
     assert sum(t.numel() * t.element_size() for t in state) == config["optimizer_bytes"]
     assert all(t.any() for t in last["model"].values()) and final["updates"] in (2, 4)   # B too has moved
     assert sum(p.numel() for p in gpt.load(str(out)).parameters()) == 724_480

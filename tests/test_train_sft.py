@@ -440,6 +440,6 @@ def test_float16_is_float32_but_for_rounding_and_resumes_bit_for_bit(tmp_path, n
     assert str(a["optimizer"]) == str(b["optimizer"]) and a["at"]["skipped"] == b["at"]["skipped"] > 3
     assert a["at"]["updates"] + a["at"]["skipped"] == (24 if optimizer == "adamw-pma" else 12)
     assert all(t.dtype == torch.float32 for t in a["model"].values())
-    assert all(t.dtype == torch.float32 for kept in a["optimizer"]["state"].values() for t in kept.values() if torch.is_tensor(t))
+    assert all(t.dtype == torch.float32 for kept in a["optimizer"].values() for t in kept.values() if torch.is_tensor(t))
     scales = [e["scale"] for e in metrics(tmp_path / "whole") if "scale" in e]
     assert scales[0] < 2.0 ** 40 and scales == sorted(scales, reverse=True)
