@@ -39,7 +39,8 @@ import torch
 
 import optim
 import parallel
-from files import InputError, append, named, read_checkpoint, read_json, reason, write_atomically, write_checkpoint
+from files import (InputError, append, named, not_finite, read_checkpoint, read_json, reason, unlike, write_atomically,
+                   write_checkpoint)
 
 FORMAT = 1   # of a run: raised when a run that was begun before could not go on as it began
 
@@ -480,7 +481,6 @@ class Run:
         if not math.isfinite(found[key]):
             raise self._broken(f"{key} is {found[key]}")
         self.final, self.last_evaluation = found, self.at["step"]
-        self._check_place()
         self._log(**found, peak_memory=peak_memory())
         append(self.path / "samples.txt", f"=== step {self.at['step']}\n{samples}")
         better = found[key] < self.best
@@ -635,40 +635,6 @@ def fits(value, hint):
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(fits(x, typing.get_args(hint)[0]) for x in value)
     return type(value) is hint or hint is float and type(value) is int
-
-
-def unlike(found, expected, where=""):
-    """How a tree of dictionaries, lists, tensors and plain values differs in its form from another: a few words, or None."""
-    if isinstance(expected, torch.Tensor):
-        if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            def form(x):
-                return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-            return f"{where}: expected {form(expected)}, found {form(found)}"
-        return f"{where}: not finite" if not found.isfinite().all() else None
-    if isinstance(expected, dict):
-        if not isinstance(found, dict):
-            return f"{where}: expected a dictionary, found {type(found).__name__}"
-        if found.keys() != expected.keys():
-            missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
-            named = ", ".join(sorted(map(str, missing or more)))[:120]
-            return f"{where or 'it'} has {'no ' if missing else ''}{named}"
-        parts = [(found[key], expected[key], f"{where}.{key}" if where else str(key)) for key in expected]
-    elif isinstance(expected, (list, tuple)):
-        if not isinstance(found, (list, tuple)) or len(found) != len(expected):
-            return f"{where}: expected {len(expected)} values"
-        parts = [(*both, where) for both in zip(found, expected)]
-    else:
-        fit = type(found) is type(expected) or type(expected) is float and type(found) is int
-        return None if fit else f"{where}: expected {expected!r}, found {str(found)[:40]!r}"
-    return next(filter(None, (unlike(*part) for part in parts)), None)
-
-
-def not_finite(tree, where=""):
-    """The name of a tensor in a tree of dictionaries and lists that holds an infinity or NaN, or None."""
-    if isinstance(tree, torch.Tensor):
-        return None if tree.isfinite().all() else where
-    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-    return next(filter(None, (not_finite(part, f"{where}.{key}" if where else str(key)) for key, part in parts)), None)
 
 
 def trained(model):

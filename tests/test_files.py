@@ -33,10 +33,12 @@ from files import (
     append,
     download,
     fingerprint,
+    not_finite,
     read_checkpoint,
     read_json,
     read_safetensors,
     torch_load,
+    unlike,
     write_atomically,
     write_checkpoint,
     write_safetensors,
@@ -295,6 +297,17 @@ def test_a_tensor_file_that_is_no_checkpoint(tmp_path):
         read_checkpoint(tmp_path / "none.pt")
 
 
+def test_an_archive_has_one_list_of_entries(tmp_path):
+    """Python's reader and torch's look for it in two ways: what the first has seen the second must read."""
+    torch.save({"x": torch.zeros(100)}, tmp_path / "a.pt")
+    raw = (tmp_path / "a.pt").read_bytes()
+    assert raw[-98:-94] == b"PK\6\6" and raw[-42:-38] == b"PK\6\7" and raw[-22:-18] == b"PK\5\6"   # as torch ends a file
+    for changed in (raw[:-42] + raw[-98:-42] + raw[-42:], raw[:-2] + b"\1\0x", raw + b"x", raw[:-22]):
+        (tmp_path / "b.pt").write_bytes(changed)
+        with pytest.raises(InputError, match="b.pt: cut off, damaged.*a zip archive without its end"):
+            torch_load(tmp_path / "b.pt")
+
+
 def test_append_by_hand(tmp_path):
     append(tmp_path / "a", "one\n")
     append(tmp_path / "a", "zwei, drei: ü\n")
@@ -397,6 +410,32 @@ def test_fingerprints():
     t["a"] = torch.stack([t["a"].t(), t["a"].t()], dim=-1)[..., 0].t()   # the same values, another layout in memory
     assert not t["a"].is_contiguous() and fingerprint(t) == base
     assert fingerprint({**tree(), "a": torch.nn.Parameter(tree()["a"])}) == base
+
+
+@pytest.mark.parametrize("found, message", [
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}, None),
+    ({"a": torch.ones(2), "b": [7, {"c": 7}], "d": "y"}, None),   # the form is compared, not the numbers
+    ({"a": torch.zeros(2), "b": [1.5, {"c": 2.5}], "d": "x"}, "b: expected 1, found '1.5'"),
+    ({"a": torch.zeros(3), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float32 (3,)"),
+    ({"a": torch.zeros(2).half(), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float16 (2,)"),
+    ({"a": [0, 0], "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found list"),
+    ({"a": torch.tensor([0, float("nan")]), "b": [1, {"c": 2.5}], "d": "x"}, "a: not finite"),
+    ({"a": torch.zeros(2), "b": [1, {}], "d": "x"}, "b has no c"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2, "e": 3}], "d": "x"}, "b has e"),
+    ({"a": torch.zeros(2), "b": [1], "d": "x"}, "b: expected 2 values"),
+    ({"a": torch.zeros(2), "b": {}, "d": "x"}, "b: expected 2 values"),
+    ({"a": torch.zeros(2), "b": [1, {"c": True}], "d": "x"}, "b.c: expected 2.5, found 'True'"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": None}, "d: expected 'x', found 'None'"),
+    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}]}, "it has no d"), ([], ": expected a dictionary, found list")])
+def test_a_tree_of_another_form_by_hand(found, message):
+    assert unlike(found, {"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}) == message
+
+
+def test_what_is_not_finite_by_hand():
+    tree = {"a": torch.zeros(2), "b": [1.0, {"c": torch.tensor([1.0, float("inf")])}], "d": torch.arange(3), "e": "x"}
+    assert not_finite(tree) == "b.1.c"
+    tree["b"].pop()
+    assert not_finite(tree) is None
 
 
 def test_read_json(tmp_path):

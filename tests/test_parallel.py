@@ -140,6 +140,44 @@ runs.command_line(train_sft.main, train_sft.Config)
 """
 
 
+PRIMITIVES = """
+import json, sys, time
+import torch
+import parallel
+parallel.join()
+rank = parallel.rank()
+torch.manual_seed(rank)
+model = torch.nn.Linear(2, 2)
+parallel.start_equal(model, data="same")
+gradients = [torch.full((2,), 1.0 + rank), torch.full((3,), 10.0 * rank)]
+parallel.sum_gradients(gradients)
+if rank == 0:
+    time.sleep(0.5)
+parallel.in_turn(lambda: open(sys.argv[1], "a").write(str(rank)))
+found = {"weights": model.weight.sum().item(), "gradients": [g.tolist() for g in gradients],
+         "total": parallel.total(rank + 1, 0.5), "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
+         "gathered": [t.item() for t in parallel.gathered(torch.tensor(rank))], "mine": parallel.mine([7, 8, 9])}
+try:
+    parallel.start_equal(model, data=str(rank))
+except parallel.InputError as e:
+    found["refused"] = str(e)
+print(json.dumps(found))
+"""
+
+
+def test_what_two_processes_do_together_by_hand(folder):
+    processes = together(2, folder, "-c", PRIMITIVES, str(folder / "turns"))
+    one, two = (json.loads(process.communicate(timeout=60)[0]) for process in processes)
+    torch.manual_seed(0)
+    assert one["weights"] == two["weights"] == torch.nn.Linear(2, 2).weight.sum().item()
+    for found in (one, two):
+        assert found["gradients"] == [[3, 3], [10, 10, 10]] and found["total"] == [3, 1.0] and found["any"] == [True, False]
+        assert found["gathered"] == [0, 1]
+    assert (folder / "turns").read_text() == "01" and (one["mine"], two["mine"]) == ([7, 9], [8])
+    assert two["refused"] == "its data is not that of process 0"   # which then waits for one that has ended
+    assert one["refused"].startswith("another process of this run has ended")
+
+
 def test_a_loss_that_is_no_number_on_one_process_ends_both(folder):
     """The second one names its rows; the first one says that another has ended, and does not wait for it."""
     flags = [*FLAGS, "--accumulate", "1", "--save-every", "1"]

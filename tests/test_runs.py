@@ -398,32 +398,6 @@ def test_values_for_flags_by_hand(value, hint, fit):
     assert runs.fits(value, hint) == fit
 
 
-@pytest.mark.parametrize("found, message", [
-    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}, None),
-    ({"a": torch.ones(2), "b": [7, {"c": 7}], "d": "y"}, None),   # the form is compared, not the numbers
-    ({"a": torch.zeros(2), "b": [1.5, {"c": 2.5}], "d": "x"}, "b: expected 1, found '1.5'"),
-    ({"a": torch.zeros(3), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float32 (3,)"),
-    ({"a": torch.zeros(2).half(), "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found torch.float16 (2,)"),
-    ({"a": [0, 0], "b": [1, {"c": 2.5}], "d": "x"}, "a: expected torch.float32 (2,), found list"),
-    ({"a": torch.tensor([0, float("nan")]), "b": [1, {"c": 2.5}], "d": "x"}, "a: not finite"),
-    ({"a": torch.zeros(2), "b": [1, {}], "d": "x"}, "b has no c"),
-    ({"a": torch.zeros(2), "b": [1, {"c": 2, "e": 3}], "d": "x"}, "b has e"),
-    ({"a": torch.zeros(2), "b": [1], "d": "x"}, "b: expected 2 values"),
-    ({"a": torch.zeros(2), "b": {}, "d": "x"}, "b: expected 2 values"),
-    ({"a": torch.zeros(2), "b": [1, {"c": True}], "d": "x"}, "b.c: expected 2.5, found 'True'"),
-    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": None}, "d: expected 'x', found 'None'"),
-    ({"a": torch.zeros(2), "b": [1, {"c": 2.5}]}, "it has no d"), ([], ": expected a dictionary, found list")])
-def test_a_tree_of_another_form_by_hand(found, message):
-    assert runs.unlike(found, {"a": torch.zeros(2), "b": [1, {"c": 2.5}], "d": "x"}) == message
-
-
-def test_what_is_not_finite_by_hand():
-    tree = {"a": torch.zeros(2), "b": [1.0, {"c": torch.tensor([1.0, float("inf")])}], "d": torch.arange(3), "e": "x"}
-    assert runs.not_finite(tree) == "b.1.c"
-    tree["b"].pop()
-    assert runs.not_finite(tree) is None
-
-
 def test_a_full_disk_or_missing_right_is_one_line(monkeypatch, capsys):
     def full(cfg):
         raise OSError(28, "No space left on device", "runs/x/last.pt.part")
