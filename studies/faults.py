@@ -21,6 +21,7 @@ import collections
 import ctypes
 import errno
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ import torch
 import data
 import files
 import optim
+import plots
 import runs
 import train_dpo
 import train_reward
@@ -348,7 +350,13 @@ def work(task):
 
 
 def begin(folder):
-    """What all cases share: a model to start from, and data that is there."""
+    """What all cases share: what a run would load late, a model to start from, and data that is there."""
+    os.environ["HF_HOME"] = str(folder / "start.log/cache")
+    torch.set_num_threads(1)   # torch's own threads would not survive a fork
+    data.load_pairs("minihh")
+    data.tokenizer(2048)
+    optim.make("adamw", torch.nn.Linear(1, 1), 1e-3, None, 0.0)
+    plots.canvas()[0].savefig(io.BytesIO())
     ended = started(train_sft, [*COMMON, *SAMPLES, "--out", str(folder / "start")], folder / "start.log")
     assert ended.status == 0, ended.said
 
@@ -376,9 +384,6 @@ def tables(found):
 
 def main(options):
     began, seed = time.time(), options.seed
-    # the data once, for all forks; torch's own threads would not survive a fork
-    torch.set_num_threads(1)
-    data.load_pairs("minihh")
     number_of_cases, rounds, jobs = plan(options.quick)
     found = {"seed": seed, "quick": options.quick, "runs": [], "jobs": [], "files": []}
     with tempfile.TemporaryDirectory() as temporary:

@@ -54,7 +54,8 @@ class Watching(faults.Hooked):
 
 
 def main(folder):
-    torch.set_num_threads(1)
+    (folder / "start.log").mkdir()
+    faults.begin(folder)
     found = {"sound": faults.case(folder, 0, ["SIGKILL at write", "disk full at a write", "SIGINT"], 1)}
     with weakened(files, "replacing", straight), weakened(faults, "Hooked", Watching):
         found["not atomic"] = faults.case(folder, 0, ["SIGKILL at write"], 1)
