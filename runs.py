@@ -359,8 +359,9 @@ class Run:
             raise
         self.began_at, self.began = self.at["step"], time.time()
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                             if signal.getsignal(s) is not signal.SIG_IGN}   # nohup ignores the last
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()   # nohup
+            self.handlers = {s: signal.signal(s, self._interrupt)
+                             for s in {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - ignored}
 
     def _take(self, model, optimizer, facts):
         checkpoint = None

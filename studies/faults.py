@@ -270,7 +270,7 @@ def case(folder, number, kinds, seed):
             shutil.rmtree(out)
             shutil.rmtree(caches, ignore_errors=True)
             found, hits, tries = found + hits, [], tries + 1
-            assert tries < 20 * len(kinds), (name, waiting)
+            assert tries < 5 * len(kinds), (name, "is never hit by", waiting)
         else:
             wrong = misbehaved(kind, ended, out) if kind else f"could not go on: {ended.said[-800:]}"
             hit = {"case": name, "kind": kind, "wrong": wrong or unsound(out)}
