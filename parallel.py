@@ -34,7 +34,7 @@ def join():
 
 
 def leave():
-    wait()   # none takes the connections down that another still reads from
+    wait()   # torchrun ends them all when one has ended: not before the first one has written what it has to write
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -543,7 +543,6 @@ class Run:
             if self.writes:
                 self._write("last.pt", state)
             self.saved = step
-            parallel.wait()   # torchrun ends them all when one ends: not before this is written
         return not ends
 
     def step(self, model, optimizer, batches, losses):

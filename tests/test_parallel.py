@@ -88,6 +88,7 @@ def test_two_processes_equal_one(folder, case):
         torch.testing.assert_close(a["model"][key], b["model"][key], rtol=close, atol=close)
     assert any(not torch.equal(a["model"][key].float(), start[key]) for key in a["model"] if key in start) or "lora" in case \
         or case == "lion-pma"
+    assert not torch.equal(b["rng"][0]["cpu"], b["rng"][1]["cpu"])   # nothing was drawn; dropout would not be the same on both
     assert a["at"]["samples"] == b["at"]["samples"] > 0 and a["processes"] == 1 and b["processes"] == 2
 
 # ---- worked by hand ------------------------------------------------------------------------------------------------------
@@ -190,6 +191,32 @@ def test_a_loss_that_is_no_number_on_one_process_ends_both(folder):
     assert len(said[0]) == 1 and said[0][0].startswith("error: process 0: another process of this run has ended")
 
 
+SLOW = """
+import time
+import files, runs, train_sft
+save = files.torch.save
+
+def slow(checkpoint, f):
+    time.sleep(1.5 * ("rng" in checkpoint and checkpoint["at"]["step"] > 0))
+    save(checkpoint, f)
+files.torch.save = slow
+runs.command_line(train_sft.main, train_sft.Config)
+"""
+
+
+def test_one_that_is_told_to_stop_waits_until_the_other_has_written(folder):
+    """SIGTERM to the second process alone, and, as torchrun does, to the other as soon as one has ended."""
+    first, second = together(2, folder, "-u", "-c", SLOW, "--out", str(folder / "slow"), *FLAGS, "--save-every", "1000")
+    while "step     3" not in (line := first.stdout.readline()):
+        assert line, first.stderr.read()
+    second.send_signal(signal.SIGTERM)
+    second.wait(timeout=60)
+    assert read_checkpoint(folder / "slow/last.pt")["at"]["step"] > 2   # already
+    first.send_signal(signal.SIGTERM)
+    assert (first.wait(timeout=60), second.returncode) == (130, 130)
+    assert read_checkpoint(folder / "slow/last.pt")["at"]["step"] == metrics(folder / "slow")[-1]["step"] > 2
+
+
 def test_what_is_no_training_script_runs_alone(folder):
     processes = together(2, folder, "chat.py", "--prompt", "Hello")
     said = {process.communicate(timeout=60)[1] for process in processes}
@@ -224,5 +251,4 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(folder):
     assert a["at"]["step"] == b["at"]["step"] == 12
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     assert all(torch.equal(x["cpu"], y["cpu"]) for x, y in zip(a["rng"], b["rng"], strict=True))
-    assert not torch.equal(a["rng"][0]["cpu"], a["rng"][1]["cpu"])   # each has its own dropout
     assert metrics(folder / "whole") == metrics(folder / "cut")
