@@ -113,7 +113,7 @@ class Lab:
         if child.returncode == 0 or child.returncode == 2 and "try a smaller --lr" in message:
             self.keep(name, {"command": command, **self.summary(folder), **({"diverged": message} if child.returncode else {})})
             (folder / "last.pt").unlink()
-        elif child.returncode == 2 and "cannot be resumed" in message:   # left by a study with other flags
+        elif child.returncode == 2 and ("cannot be resumed" in message or "another version" in message):   # of an older study
             (folder / "last.pt").unlink()
             return self.run(name, script, *flags)
         elif not self.stop.is_set():

@@ -3,6 +3,7 @@ studies/lab.py: the rule that picks learning rates, and runs that are made once 
 
     python -m pytest -q tests/test_lab.py
 """
+import json
 import math
 import sys
 import threading
@@ -85,9 +86,13 @@ def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     assert list(new_lab(folder).found) == ["cut", "hot", "new"]
 
 
-def test_a_run_left_by_other_flags_is_made_anew(folder):
+@pytest.mark.parametrize("what", ["flags", "version"])
+def test_a_run_left_by_an_older_study_is_made_anew(folder, what):
     train_sft.main(train_sft.Config(steps=2, micro_batch=1, eval_every=1, eval_samples=4, eval_answers=0, stop_at=1,
                                     out=str(folder / "old")))
+    if what == "version":
+        config = json.loads((folder / "old/config.json").read_text())
+        (folder / "old/config.json").write_text(json.dumps({**config, "format": 0}))
     assert new_lab(folder).run("old", "train_sft.py", *TINY)["events"][-1]["samples"] == 4
 
 
