@@ -12,9 +12,10 @@ runs    The training scripts, full and LoRA, every optimizer, dropout on, in flo
 jobs    The same with torchrun and two processes, of which one is killed, or both are told to stop.
 files   Every kind of file that we read, damaged by chance or made to harm (studies/fuzz.py).
 
-Moments in time are drawn from --seed, but where the run then is depends on the machine; all else is the same in each call.
-SIGKILL takes the process, not the machine: what the system holds for a file survives it, so this says nothing of a power cut.
-Against that stand the fsyncs, of file and folder, before and after a rename; they are not tested here.
+Moments in time are drawn from --seed, but where the run then is depends on the machine, and torch's old format writes
+addresses of memory; all else is the same in each call. SIGKILL takes the process, not the machine: what the system holds for
+a file survives it, so this says nothing of a power cut. Against that stand the fsyncs, of file and folder, before and after a
+rename; they are not tested here.
 """
 import argparse
 import collections
@@ -365,15 +366,15 @@ def tables(found):
     """The findings as lines of two tables."""
     lines = ["| a run is hit by | times | ended in another way than it should | a file did not load | the resumed run differed |",
              "| --- | --- | --- | --- | --- |"]
-    by = collections.defaultdict(list)
+    by = {kind: [] for kind in (*SIGNALS, *(f"SIGKILL at {place}" for place in PLACES), *DISK, *JOBS, None)}
     for hit in found["runs"] + found["jobs"]:
-        by[hit["kind"] or "nothing"].append(hit["wrong"] or "")
-    for kind, wrong in by.items():
+        by[hit["kind"]].append(hit["wrong"] or "")
+    for kind, wrong in ((kind or "nothing", wrong) for kind, wrong in by.items() if wrong):
         load, differ = sum("not load" in w or "metrics" in w for w in wrong), sum("differs" in w for w in wrong)
         lines.append(f"| {kind} | {len(wrong)} | {sum(map(bool, wrong)) - load - differ} | {load} | {differ} |")
     lines += ["", "| file | changed | refused in one line | read as it was | read as other content | wrong |",
               "| --- | --- | --- | --- | --- | --- |"]
-    by = collections.defaultdict(collections.Counter)
+    by = {target: collections.Counter() for target in fuzz.READERS}
     for one in found["files"]:
         by[one["target"]]["wrong" if one["wrong"] else one["ended"]] += 1
     for target, counts in by.items():

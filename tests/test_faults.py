@@ -94,5 +94,9 @@ def test_what_is_kept_meets_the_bars_and_is_in_the_readme():
     assert set(kept["crafted"].values()) <= {"refused", "as it was"}
     told = {what for what, ended in kept["crafted"].items() if ended == "refused" and fuzz.CRAFTED[what][2]}
     assert len(told) >= 8   # kinds of defects that the line names
+    memory = kept["most_memory"] / 1e6
+    said = (f"{kept['kills']} kills, {kept['placed']} of them at a write, fsync or rename of a checkpoint, and {kept['disk']} "
+            f"failing disks; {kept['files']:,} files, at most {memory:.0f} MB to read one; nothing went wrong.")
+    assert said in " ".join((ROOT / "README.md").read_text().split())
     tables = (ROOT / "results/faults/tables.md").read_text()
     assert tables.split("\n\n", 1)[1].strip() in (ROOT / "README.md").read_text()
