@@ -420,26 +420,27 @@ def test_weights_that_are_no_numbers_are_never_written(tmp_path, no_pictures):
         assert all(t.isfinite().all() for t in read_checkpoint(out / name)["model"].values())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw-pma"])
-def test_float16_is_float32_but_for_rounding_and_resumes_bit_for_bit(tmp_path, no_pictures, monkeypatch, optimizer):
-    """The scale starts at 2^40, so that the first updates overflow and are skipped and counted, with PMA in the middle of a
+def test_float16_is_float32_but_for_rounding_and_resumes_bit_for_bit(tmp_path, no_pictures, monkeypatch):
+    """The scale starts at 2^30, so that the first updates overflow and are skipped and counted, with PMA in the middle of a
     period; weights and moments stay in fp32."""
-    cfg = replace(TINY, steps=4, eval_every=4, save_every=1, eval_samples=4, optimizer=optimizer, lora_rank=2, lora_dropout=0.3)
+    cfg = replace(TINY, steps=2, eval_every=20, save_every=1, eval_samples=2, eval_answers=0, micro_batch=2,
+                  optimizer="adamw-pma", lora_rank=2, lora_dropout=0.3)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 16))
     for name, dtype in (("wide", "float32"), ("half", "float16")):
         train_sft.main(replace(cfg, dtype=dtype, out=str(tmp_path / name)))
     wide, half = ([e["train_loss"] for e in metrics(tmp_path / name) if "train_loss" in e] for name in ("wide", "half"))
     assert half == pytest.approx(wide, rel=2e-3) and half != wide
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(train_sft.runs.torch.amp.GradScaler, init_scale=2.0 ** 40))
-    cfg = replace(cfg, dtype="float16", steps=12)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(train_sft.runs.torch.amp.GradScaler, init_scale=2.0 ** 30))
+    cfg = replace(cfg, dtype="float16", steps=10)
     train_sft.main(replace(cfg, out=str(tmp_path / "whole")))
-    for stop in (3, 11, None):
+    for stop in (3, 9, None):
         train_sft.main(replace(cfg, out=str(tmp_path / "cut"), stop_at=stop, resume=stop != 3))
     a, b = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and a["scaler"] == b["scaler"]
     assert str(a["optimizer"]) == str(b["optimizer"]) and a["at"]["skipped"] == b["at"]["skipped"] > 3
-    assert a["at"]["updates"] + a["at"]["skipped"] == (24 if optimizer == "adamw-pma" else 12)
+    assert a["at"]["updates"] + a["at"]["skipped"] == 20 and a["at"]["updates"] > 0
+    assert {kept["t"] for kept in a["optimizer"].values()} == {a["at"]["updates"]}
     assert all(t.dtype == torch.float32 for t in a["model"].values())
     assert all(t.dtype == torch.float32 for kept in a["optimizer"].values() for t in kept.values() if torch.is_tensor(t))
     scales = [e["scale"] for e in metrics(tmp_path / "whole") if "scale" in e]
-    assert scales[0] < 2.0 ** 40 and scales == sorted(scales, reverse=True)
+    assert scales[0] < 2.0 ** 30 and scales == sorted(scales, reverse=True)
