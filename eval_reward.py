@@ -385,6 +385,9 @@ def main(cfg):
         raise InputError(f"--out {out}: expected a folder, found a file")
     if (out / "config.json").exists():
         raise InputError(f"--out {out}: holds a model or a training run: choose another folder")
+    other = sorted(f.name for f in out.glob("*"))
+    if other and not ((out / "scores.json").is_file() and "judge" in read_json(out / "scores.json")):
+        raise InputError(f"--out {out}: holds other files ({other[0]}), and no evaluation: choose another folder")
     check_models(names, configs)
     judge = load_judge(cfg.judge, device, autocast)
 

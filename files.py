@@ -262,8 +262,8 @@ def unlike(found, expected, where=""):
             return f"{where}: expected a dictionary, found {type(found).__name__}"
         if found.keys() != expected.keys():
             missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
-            named = ", ".join(sorted(map(str, missing or more)))[:120]
-            return f"{where or 'it'} has {'no ' if missing else ''}{named}"
+            names = ", ".join(sorted(map(str, missing or more)))[:120]
+            return f"{where or 'it'} has {'no ' if missing else ''}{names}"
         parts = [(found[key], expected[key], f"{where}.{key}" if where else str(key)) for key in expected]
     elif isinstance(expected, (list, tuple)):
         if not isinstance(found, (list, tuple)) or len(found) != len(expected):

@@ -491,7 +491,7 @@ class Run:
     def keep_best(self, config, state, adapter):
         """best.pt from a GPT's state dict; adapter.pt too where there is one (lora.adapter_state)."""
         if adapter is not None:
-            write_checkpoint(self.path / "adapter.pt", adapter)
+            self._write("adapter.pt", adapter)
         self.keep("best.pt", config, state)
 
     def keep_due(self):

@@ -221,6 +221,7 @@ TABLE = [
     ("eval_reward.py", "--limit 0", "--limit: expected at least 1, found 0"),
     ("eval_reward.py", "--out FILE", "expected a folder, found a file"),
     ("eval_reward.py", "--out SFT", "holds a model or a training run"),
+    ("eval_reward.py", "--out NOTES", "--out NOTES: holds other files (diary.txt), and no evaluation: choose another folder"),
     ("eval_reward.py", "--top-p 0", "--top-p: expected a share above 0, at most 1, found 0"),
     ("eval_reward.py", "--temperatures 0,-1", "--temperatures: expected 0 to 100"),
     ("eval_reward.py", "--max-new-tokens 512", "--max-new-tokens 512: mini has a context of 512 tokens"),

@@ -108,6 +108,9 @@ def test_best_keeps_the_lowest(tmp_path):
             run.keep_best(model.config, model.state_dict(), {"rank": step})
     assert run.best == 1.0 and (gpt.load(str(tmp_path / "run")).ln_f.bias == 1).all()
     assert read_checkpoint(tmp_path / "run" / "adapter.pt", ("rank",)) == {"rank": 1}
+    with pytest.raises(InputError, match="the weights are not finite any more .adapter.x."):   # nor are an adapter's written
+        run.keep_best(model.config, model.state_dict(), {"adapter": {"x": torch.tensor([float("inf")])}})
+    assert read_checkpoint(tmp_path / "run" / "adapter.pt", ("rank",)) == {"rank": 1}
 
 
 def test_last_holds_what_trains_and_resume_puts_it_back(tmp_path):
