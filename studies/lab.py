@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -69,15 +70,31 @@ def rates_table(grids):
     return lines
 
 
+def band(steps, losses, bins=100):
+    """[[last step, mean, lowest, highest], ...] of at most so many stretches of a training loss."""
+    size = math.ceil(len(steps) / bins)
+    cut = [(steps[i:i + size], losses[i:i + size]) for i in range(0, len(steps), size)]
+    return [[s[-1], statistics.fmean(x), min(x), max(x)] for s, x in cut]
+
+
+def spikes(losses, reach=25):
+    """How rough a training loss is: {"share": of steps whose loss is half as high again as the median of the `reach` steps on
+    either side, "roughness": the root mean square of a step's distance from that median, relative to it}."""
+    middle = [statistics.median(losses[max(0, i - reach):i + reach + 1]) for i in range(len(losses))]
+    apart = [x / m - 1 for x, m in zip(losses, middle)]
+    return {"share": statistics.fmean(x > 0.5 for x in apart), "roughness": math.sqrt(statistics.fmean(x * x for x in apart))}
+
+
 class Lab:
     """Starts runs until it is told to stop, and keeps what they found, {name: {"command", "flags", "events", ...}}, a line each
     of runs.jsonl in the results' folder. The run `name` lies in folder(name), on one thread.
 
-    runs: where the runs lie; keys, flags: what is kept of an event and of a run's flags.
+    runs: where the runs lie; keys, flags: what is kept of an event and of a run's flags. Of a run whose name holds `brief` only
+    the last evaluation is kept. Of one with --log-every 1, its training loss, step by step, is kept as a band (thinned).
     """
 
-    def __init__(self, results, runs, keys, flags):
-        self.file, self.runs, self.keys, self.flags = HERE / results / "runs.jsonl", Path(runs), keys, flags
+    def __init__(self, results, runs, keys, flags, brief=None):
+        self.file, self.runs, self.keys, self.flags, self.brief = HERE / results / "runs.jsonl", Path(runs), keys, flags, brief
         self.stop, self.children, self.lock, self.found = threading.Event(), set(), threading.Lock(), {}
         lines = self.file.read_text().splitlines(True) if self.file.exists() else []
         for line in lines:
@@ -111,7 +128,8 @@ class Lab:
         with self.lock:
             self.children.discard(child)
         if child.returncode == 0 or child.returncode == 2 and "try a smaller --lr" in message:
-            self.keep(name, {"command": command, **self.summary(folder), **({"diverged": message} if child.returncode else {})})
+            self.keep(name, {"command": command, **self.summary(folder, self.brief and self.brief in name),
+                             **({"diverged": message} if child.returncode else {})})
             (folder / "last.pt").unlink()
         elif child.returncode == 2 and ("cannot be resumed" in message or "another version" in message):   # of an older study
             (folder / "last.pt").unlink()
@@ -130,16 +148,21 @@ class Lab:
             raise InputError(f"{name} is not what it was when {self.file} was begun: give another --results")
         return run
 
-    def summary(self, folder):
+    def summary(self, folder, brief=False):
         """Of a run's folder: what tells it apart, its evaluations and its probes, to 5 digits."""
         def short(value):
-            if isinstance(value, list):
-                return [short(x) for x in value]
+            if isinstance(value, (list, dict)):
+                return [short(x) for x in value] if isinstance(value, list) else {key: short(x) for key, x in value.items()}
             return float(f"{value:.5g}") if isinstance(value, float) else value
         config, events = plots.read(folder)
-        return {"flags": {key: config["flags"][key] for key in self.flags}, "commit": config["commit"],
-                "events": [{key: short(e[key]) for key in self.keys if key in e} for e in events
-                           if "probe_loss" in e or any(key.startswith("val_") for key in e)]}
+        kept = [{key: short(e[key]) for key in self.keys if key in e} for e in events
+                if "probe_loss" in e or any(key.startswith("val_") for key in e)]
+        found = {"flags": {key: config["flags"][key] for key in self.flags}, "commit": config["commit"],
+                 "events": kept[-1:] if brief else kept}
+        if config["flags"]["log_every"] == 1 and not brief:
+            steps = [(e["step"], e["train_loss"]) for e in events if "train_loss" in e]
+            found |= {"band": short(band(*zip(*steps))), "spikes": short(spikes([loss for _, loss in steps]))} if steps else {}
+        return found
 
     def keep(self, name, run):
         with self.lock:

@@ -1,0 +1,305 @@
+"""
+The figures and tables of 000_..., "Efficiently tuning GPT-2: a case study", at our scale; see studies/reproduce.py.
+"""
+import json
+import statistics
+
+import plots
+from studies import ranks
+from studies.trials import (FAIR, Claim, Comparison, Found, accuracy_speedups, at_equal, color, curves, files, holds, lasts,
+                            mean_range, sft_start, speedups, text_start, three, verdict)
+from studies.compare import spread
+from studies.lab import HERE
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figure 1: a batch of 4 and one of 1,024
+
+BATCHES = Comparison(
+    "000-fig1", "train_sft.py", [*FAIR, "--loss-on", "all", "--optimizer", "adam", "--betas", "0.9,0.99", "--log-every", 1],
+    {"batch 4": (-6, ["--micro-batch", 4, "--warmup", 20, "--eval-every", 256]),
+     "batch 1024": (0, ["--micro-batch", 32, "--accumulate", 32, "--warmup", 1, "--eval-every", 1])}, text_start)
+BATCH_STEPS = {"batch 4": 3072, "batch 1024": 12}   # 12,288 dialogues, one and a half epochs
+
+
+def batches(lab, n):
+    """Spikes of the training loss, and what they cost."""
+    half = {label: BATCHES._replace(tuning=["--steps", steps // 2]) for label, steps in BATCH_STEPS.items()}
+    whole = BATCHES._replace(methods={label: (power, [*flags, "--steps", BATCH_STEPS[label]])
+                                      for label, (power, flags) in BATCHES.methods.items()})
+    text_start(lab, 1)
+    grids = dict(zip(half, lab.map(lambda label: half[label].grid(lab, label), [(label,) for label in half])))
+    rates = {label: min(grid, key=grid.get) for label, grid in grids.items()}
+    own = whole.at(lab, rates, n)
+    shared = whole.at(lab, {"batch 1024": rates["batch 4"]}, n)["batch 1024"]
+    small, large = own["batch 4"], own["batch 1024"]
+    rough = {label: [run["spikes"]["roughness"] for run in runs.values()] for label, runs in own.items()}
+    share = [run["spikes"]["share"] for run in small.values()]
+    ratio = [a / b for a, b in zip(*rough.values())]
+    faster = speedups(large, small, x="updates")
+    in_samples = speedups(large, small)
+    at_one_rate = speedups(shared, small)
+
+    def draw(path):
+        figure, axes = plots.canvas(3)
+        for axis, (label, runs), width in zip(axes, own.items(), (0, 1.2)):
+            run = runs[1]
+            steps, mean, low, high = zip(*run["band"])
+            axis.fill_between(steps, low, high, color=color(label, own), alpha=0.25, linewidth=0, label="lowest to highest")
+            axis.plot(steps, mean, color=color(label, own), linewidth=1.2, label="mean")
+            axis.set_title(f"training loss, {label}, seed 1", fontsize=9)
+            plots.finish(axis, "updates", "nats a token")
+        top = max(axes[0].get_ylim()[1], axes[1].get_ylim()[1])
+        for axis in axes[:2]:
+            axis.set_ylim(0, top)
+        curves(axes[2], own, "samples", "val_loss")
+        curves(axes[2], {"batch 1024 at batch 4's rate": shared}, "samples", "val_loss",
+               colors={"batch 1024 at batch 4's rate": "#8c8c8c"})
+        axes[2].set_title("held-out loss (y axis does not start at 0)", fontsize=9)
+        plots.finish(axes[2], "dialogues seen", "")
+        figure.savefig(path, dpi=110)
+    return Found(
+        f"SFT on all tokens of minihh's dialogues, from a model trained on plain text; Adam (.9, .99), 12,288 dialogues, constant "
+        f"rate of its own for either batch ({rates['batch 4']:g} and {rates['batch 1024']:g})",
+        [Claim("the training loss at batch 4 has numerous spikes, at 1,024 it is considerably smoother",
+               f"roughness {three(rough['batch 4'])} against {three(rough['batch 1024'])}, {spread(ratio, 1)} times; "
+               f"{100 * statistics.median(share):.1f} % of the steps at batch 4 lie half as high again as their surroundings. "
+               "Averaging 256 times as many dialogues alone would make it 16 times", verdict(ratio, 16)),
+         Claim("at 1,024 it decreases more rapidly: faster convergence",
+               f"per update {spread(faster, 1)} times faster; per dialogue {spread(in_samples)} times as fast (batch 4's rate "
+               f"for both: {spread(at_one_rate)})",
+               "reproduced" if min(in_samples) > 1 else "partly")],
+        draw, numbers={"rates": rates, "grids": grids})
+
+# ----------------------------------------------------------------------------------------------------------------------
+# table 1: average reward scores
+
+def scores(lab, n):
+    """Original, SFT, and the data's own answers, judged by a reward model."""
+    def one(seed):
+        start = text_start(lab, seed)
+        sft = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", start, "--seed", seed, "--epochs", 1, "--data",
+                          files("valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
+        judge = lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", sft, "--seed", seed)
+        return lab.judged(f"000-table1/judged-s{seed}", {"original": f"{start}/best.pt", "SFT": f"{sft}/best.pt"}, judge)
+    found = lab.map(one, [(seed,) for seed in range(1, n + 1)])
+    columns = {f"{model}, {mode}": [row["models"][model][f"reward, {mode}"] for row in found] for model in ("original", "SFT")
+               for mode in ("sampled", "greedy")}
+    columns |= {name: [row["own"][name] for row in found] for name in found[0]["own"]}
+    right = {model: [row["models"][model]["right, sampled"] for row in found] for model in ("original", "SFT")}
+    gain = [b - a for a, b in zip(columns["original, sampled"], columns["SFT, sampled"])]
+    short = [b - a for a, b in zip(columns["SFT, sampled"], columns["test, chosen"])]
+    short_greedy = [b - a for a, b in zip(columns["SFT, greedy"], columns["test, chosen"])]
+    train = [b - a for a, b in zip(columns["test, chosen"], columns["training, chosen"])]
+
+    def draw(path):
+        figure, (axis,) = plots.canvas()
+        names = ["original, sampled", "SFT, sampled", "original, greedy", "SFT, greedy", "test, chosen", "training, chosen",
+                 "test, rejected"]
+        for i, name in enumerate(names):
+            axis.plot([i] * len(columns[name]), columns[name], ".", color="#1f5fa8", alpha=0.6)
+            axis.plot(i, statistics.fmean(columns[name]), "_", color="#222222", markersize=16)
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+        axis.set_title(f"mean reward, minihh's test prompts: {len(found)} seeds and their mean", fontsize=10)
+        plots.finish(axis, "", "reward (0: chosen training responses)", legend=False)
+        figure.savefig(path, dpi=110)
+    table = "; ".join(f"{name} {spread(values)}" for name, values in columns.items() if "greedy" not in name)
+    return Found(
+        "original: trained on plain text with good and bad answers, once through; SFT: one epoch on the chosen ones; judge: our "
+        "reward model; 520 test prompts",
+        [Claim("SFT -3.19 against the original's -3.37: slightly better",
+               f"sampled {mean_range(gain, 2)}; {table}. Right answers {three(right['original'])} -> {three(right['SFT'])}",
+               verdict(gain, 0.18, none=0)),
+         Claim("SFT falls short of the test set's own answers (-1.41)", f"sampled, these lie {mean_range(short, 2)} above SFT; "
+               f"greedy {mean_range(short_greedy, 2)}", holds([x > 0 for x in short])),
+         Claim("training answers (-0.83) score above test answers", f"by {mean_range(train, 2)}; a fifth of the training labels "
+               "is flipped here, of the test's none", holds([x > 0 for x in train]))],
+        draw, numbers={"columns": columns, "right": right})
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures 2 to 4: LoRA
+
+def lora_ranks(lab, n):
+    """From results/ranks, made by studies/ranks.py."""
+    study = ranks.new_lab("results/ranks")
+    study.stop.set()   # it makes nothing now
+    tests = {name: ranks.tests(study, "sft", f"{name}-{min(grid, key=grid.get):g}") for name, grid in (
+        (ranks.label(*c), ranks.grid(study, "sft", *c)) for c in ranks.TASKS["sft"].configurations)}
+    start = ranks.tests(study, "sft", "start")
+    gain = {name: [(start[s]["loss"] - found[s]["loss"]) / (start[s]["loss"] - tests["full"][s]["loss"]) for s in found]
+            for name, found in tests.items()}
+    bias = {mode: [tests[f"r8-{mode}"][s]["loss"] - tests["r8-none"][s]["loss"] for s in tests["r8-none"]]
+            for mode in ("lora_only", "all")}
+    order = [all(a["loss"] > b["loss"] for a, b in zip((tests[f"{r}-{mode}"][s] for r in ("r1", "r2", "r8")),
+                                                     (tests[f"{r}-{mode}"][s] for r in ("r2", "r8", "r16"))))
+             for mode in ("none", "lora_only", "all") for s in start]
+    missing = statistics.fmean(tests["r8-none"][s]["loss"] - tests["full"][s]["loss"] for s in start)
+    medium = ranks.sizes("gpt2-medium", 16, "none")
+    share = 100 * medium["trainable"] / medium["parameters"]
+    return Found(
+        "an SFT model goes on with the other half of minihh; alpha = 2r, each configuration at its own rate; results/ranks",
+        [Claim("ranks 1 to 16 have similar losses, close to but slightly inferior to full tuning",
+               f"rank 1 has {spread(gain['r1-none'])} of full's gain in test loss, rank 16 {spread(gain['r16-none'])} (n = 5)",
+               verdict(gain["r1-none"], 1.0, none=0)),
+         Claim("no consistent pattern among ranks: higher is not better",
+               f"the loss falls with every rank from 1 to 16 in {sum(order)} of {len(order)} series", holds([not x for x in order])),
+         Claim("training the biases, too, gives a noticeable reduction", f"at rank 8 {mean_range(bias['lora_only'], 4)} (lora_only) "
+               f"and {mean_range(bias['all'], 4)} (all) in test loss; rank 8 lacks "
+               f"{missing:.4f} to full (noticeable: a tenth of it)",
+               verdict(bias["all"], -missing / 10, none=0)),
+         Claim("rank 16 trains 1.79 % of the parameters", f"{share:.3f} %, counted; 1.787 % where LayerNorm's weights train too",
+               "reproduced"),
+         *lora_cost()],
+        pictures=("results/ranks/sft.png", "results/ranks/cost.png"))
+
+
+def lora_cost():
+    found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
+    peaks = {name: statistics.median(one["peak_bytes"] for one in found[name]) / 1e9 for name in ("full", "rank 16, bias none")}
+    times = [sum(a["seconds"]) / sum(b["seconds"]) for a, b in zip(found["full"], found["rank 16, bias none"])]
+    saved = peaks["full"] - peaks["rank 16, bias none"]
+    return [Claim("rank 16 saves about 1.5 GB at gpt2-medium", f"{saved:.1f} GB of {peaks['full']:.1f}, fp32, one dialogue of 1,024 "
+                  "tokens (studies.bench lora)", "reproduced" if saved > 1.5 else "not reproduced"),
+            Claim("rank 16 is about 7.3 % faster", f"{spread(times)} times as fast on this CPU",
+                  verdict(times, 1.073))]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures 5 and 6: DPO and CDPO
+
+CDPO = Comparison(
+    "000-fig5-6", "train_dpo.py", [*FAIR, "--micro-batch", 16, "--steps", 100, "--warmup", 5, "--eval-every", 5, "--log-every", 1,
+                                   "--variance-every", 50],
+    {"DPO": (-10, []), **{f"CDPO, gamma {gamma}": (-10, ["--loss", "cdpo", "--gamma", gamma]) for gamma in (1, 10, 100)}},
+    sft_start, "val_dpo_loss", tuning=["--eval-every", 50])
+
+
+def cdpo(lab, n):
+    """Variance, and what an equal accuracy costs."""
+    rates, own = CDPO.own(lab, n)
+    shared = CDPO.at(lab, dict.fromkeys(CDPO.methods, rates["DPO"]), n)
+    ways = [way for way in CDPO.methods if way != "DPO"]
+    one = ways[0]   # gamma 1, the paper's
+
+    def noise(groups, key="grad_variance_relative", steps=1):
+        """Of a way against DPO's, at the probes after the first."""
+        at = {way: {s: [e[key] for e in run["events"] if key in e and e["step"] >= steps] for s, run in runs.items()}
+              for way, runs in groups.items()}
+        return {way: [statistics.fmean(at[way][s]) / statistics.fmean(at["DPO"][s]) for s in at[way]] for way in ways}
+
+    def each(function, groups):
+        return {way: function(groups[way], groups["DPO"]) for way in ways}
+    variance = noise(shared)
+    raw = noise(shared, "grad_variance")
+    rough = {way: [run["spikes"]["roughness"] for run in runs.values()] for way, runs in shared.items()}
+    faster, faster_own = each(accuracy_speedups, shared), each(accuracy_speedups, own)
+    seconds = each(lambda a, b: accuracy_speedups(a, b, "seconds"), shared)
+    equal = {key: {way: at_equal(own[way], own["DPO"], key) for way in ways} for key in ("policy_entropy", "val_full_kl")}
+    accuracy = {way: lasts(runs, "val_reward_accuracy") for way, runs in own.items()}
+    apart = [best_step(run, "val_reward_accuracy", max) > best_step(run, "val_dpo_loss", min)
+             for runs in shared.values() for run in runs.values()]
+
+    def draw(path):
+        figure, axes = plots.canvas(3, 2, height=7)
+        for axis, (key, title) in zip(axes, (("val_dpo_loss", "held-out DPO loss"), ("val_reward_accuracy", "held-out accuracy"),
+                                             ("policy_entropy", "entropy of the policy"))):
+            curves(axis, shared, "samples", key)
+            axis.set_title(f"{title}, at DPO's rate", fontsize=9)
+            plots.finish(axis, "pairs seen", "", legend=axis is axes[0])
+        curves(axes[3], own, "samples", "val_reward_accuracy")
+        axes[3].set_title("held-out accuracy, each at its own rate", fontsize=9)
+        plots.finish(axes[3], "pairs seen", "", legend=False)
+        for label, runs in own.items():
+            for run in runs.values():
+                points = [(e["val_reward_accuracy"], e["val_full_kl"]) for e in run["events"] if "val_full_kl" in e]
+                axes[4].plot(*zip(*points), color=color(label, own), linewidth=0.8, alpha=0.7)
+        axes[4].set_title("distance from the reference against accuracy", fontsize=9)
+        plots.finish(axes[4], "held-out accuracy", "KL(ref || pi) a position", legend=False)
+        for label, runs in shared.items():
+            steps, mean, low, high = zip(*runs[1]["band"])
+            axes[5].plot(steps, [x / mean[0] for x in mean], color=color(label, shared), linewidth=0.9, label=label)
+        axes[5].set_title("training loss (CDPO's with gamma R), its first = 1, seed 1", fontsize=9)
+        plots.finish(axes[5], "steps", "", legend=False)
+        figure.savefig(path, dpi=110)
+
+    def all_ways(values, digits=2):
+        return ", ".join(f"{spread(values[way], digits)} (gamma {way.split()[-1]})" for way in ways)
+    return Found(
+        "DPO on minihh from the demo's SFT model, 100 steps of 16 pairs, beta 0.5, constant rate; own rates "
+        + ", ".join(f"{lr:g} ({way})" for way, lr in rates.items()) + "; otherwise DPO's rate for all",
+        [Claim("CDPO significantly reduces the variance",
+               f"of the gradient, relative to its square, against DPO's: {all_ways(variance)}; raw {all_ways(raw)}; roughness of the "
+               f"training loss {three(rough['DPO'])} (DPO), {three(rough[one])} (gamma 1, whose loss holds gamma R, too)",
+               verdict(variance[one], 0.5)),
+         Claim("CDPO reaches the same accuracy in half of the time",
+               f"speedup to the highest accuracy that both reach, in pairs: {all_ways(faster)}; in seconds {all_ways(seconds)}; with "
+               f"own rates {all_ways(faster_own)}; last accuracies {three(accuracy['DPO'])} (DPO), "
+               + ", ".join(f"{three(accuracy[way])} (gamma {way.split()[-1]})" for way in ways), verdict(faster[one], 2)),
+         Claim("CDPO keeps the policy near the reference on out-of-sequence tokens",
+               f"at equal accuracy KL(ref || pi) over the whole vocabulary is {all_ways(equal['val_full_kl'])} times DPO's, the "
+               f"entropy {all_ways(equal['policy_entropy'], 3)} times", verdict(equal["val_full_kl"][one], 0.5)),
+         Claim("accuracy rises while the DPO loss does not always fall",
+               f"the best accuracy comes after the lowest loss in {sum(apart)} of {len(apart)} runs", holds(apart, 0.9))],
+        draw, numbers={"rates": rates, "variance": variance, "speedup": faster, "speedup_own": faster_own, "seconds": seconds,
+                       "equal": equal, "accuracy": accuracy})
+
+
+def best_step(run, key, best):
+    found = [(e[key], e["step"]) for e in run["events"] if key in e]
+    return next(step for value, step in found if value == best(found)[0])
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figure 7 and the text below it: AGMA
+
+K = 8
+OPTIMIZERS = Comparison(
+    "dpo-optimizers", "train_dpo.py", [*FAIR, "--micro-batch", 4, "--accumulate", K, "--steps", 52, "--warmup", 4,
+                                       "--eval-every", 4],
+    {name: (power, ["--optimizer", name]) for name, power in (
+        ("adamw", -8), ("adamw-noaccum", -11), ("adamw-pma", -9), ("adamw-pma-schedule", -9), ("agma", -9), ("agma-linear", -8),
+        ("agma-sgd", -8), ("agma-decay", -9), ("agma-perturb", -9))},
+    sft_start, "val_dpo_loss", tuning=["--eval-every", 26])
+
+
+def only(*names):
+    return OPTIMIZERS._replace(methods={name: OPTIMIZERS.methods[name] for name in names})
+
+
+def agma(lab, n):
+    """AGMA and its two ablations against AdamW; the linear decay; the perturbation."""
+    which = only("adamw", "adamw-noaccum", "agma", "agma-linear", "agma-sgd", "agma-decay", "agma-perturb")
+    rates, own = which.own(lab, n)
+    shared = which.at(lab, dict.fromkeys(which.methods, rates["adamw"]), n)
+    key = which.loss
+    faster = {name: speedups(runs, shared["adamw"], key) for name, runs in shared.items()}
+    faster_own = {name: speedups(runs, own["adamw"], key) for name, runs in own.items()}
+    ends = {name: lasts(runs, key) for name, runs in shared.items()}
+    ends_own = {name: lasts(runs, key) for name, runs in own.items()}
+    decay = [e["events"][-1][key] / e["events"][0][key] for e in shared["agma-decay"].values()]
+
+    def draw(path):
+        figure, axes = plots.canvas(2)
+        for axis, groups, title in ((axes[0], shared, f"all at AdamW's rate, {rates['adamw']:g}"), (axes[1], own, "each at its own")):
+            curves(axis, groups, "samples", key)
+            axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
+            plots.finish(axis, "pairs seen", "held-out DPO loss")
+        figure.savefig(path, dpi=110)
+
+    def ablation(name):
+        return (f"last loss {three(ends[name])} against AGMA's {three(ends['agma'])} at one rate; {three(ends_own[name])} against "
+                f"{three(ends_own['agma'])} with a rate of its own each",
+                holds([a > b for a, b in zip(ends[name], ends["agma"])]))
+    return Found(
+        f"DPO on minihh from the demo's SFT model, {K} micro-batches of 4 pairs a step, 52 steps, constant rate; AdamW's rate for "
+        "all, and a rate of its own each",
+        [Claim("AGMA converges notably faster than AdamW",
+               f"at one rate {spread(faster['agma'])} times as fast in pairs; own rates {spread(faster_own['agma'])} "
+               f"(adamw-noaccum, the baseline without accumulation: {spread(faster_own['adamw-noaccum'])})",
+               verdict(faster["agma"], 1.5)),
+         Claim("small steps of lr / K instead of lr / sqrt(K) are slower", *ablation("agma-linear")),
+         Claim("small steps like SGD's are slower than Adam's", *ablation("agma-sgd")),
+         Claim("with small steps that fall linearly the training loss does not drop after a few large steps",
+               f"it drops here: last held-out loss over the first {spread(decay)}; own rate {three(ends_own['agma-decay'])} beside "
+               f"AGMA's {three(ends_own['agma'])}", "not reproduced" if max(decay) < 0.95 else "partly"),
+         Claim("a slight perturbation after large steps does not help",
+               f"last loss {three(ends_own['agma-perturb'])} with it, {three(ends_own['agma'])} without, own rates",
+               holds([a > b - 0.005 for a, b in zip(ends_own["agma-perturb"], ends_own["agma"])]))],
+        draw, numbers={"rates": rates, "speedup": faster, "speedup_own": faster_own, "last": ends, "last_own": ends_own})

@@ -1,0 +1,157 @@
+"""
+Every figure and table of the three reports, one command each: what the paper says, what is found here, with range and n.
+
+    python -m studies.reproduce --list
+    python -m studies.reproduce 000-fig5-6 001-theory     # these; or all: everything that is not there yet
+    python -m studies.reproduce all --minutes 30          # a piece of it: stops after 30 minutes; call it again to go on
+    python -m studies.reproduce all --report              # only tables and pictures, from what is there, and RESULTS.md's table
+    python -m studies.reproduce 000-fig1 --scale gpu      # the commands of the paper's own setting, with memory and time
+    python -m studies.reproduce --quick                   # every item in two steps a run, nothing kept: does it all still work?
+
+Runs are made on one thread, two at a time, and kept in results/reproduce/runs.jsonl; stopped (Ctrl-C, a crash), a run goes on
+where it was. Every item writes ID.json and ID.png there. A method's learning rate is tuned on valid with seed 1, every method
+with the same rule; all that is reported is read on test. Verdicts follow from the figures by a rule (trials.verdict).
+"""
+import argparse
+import json
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+from files import InputError, write_atomically
+from runs import one_line
+from studies import gpu, paper_000
+from studies.lab import HERE
+from studies.trials import Bench, TimeUp, write_data
+
+RESULTS = "results/reproduce"
+MARKS = "<!-- claims -->\n", "<!-- /claims -->"
+
+
+class Item(NamedTuple):
+    work: Callable    # (lab, seeds) -> Found
+    title: str
+    seeds: int
+    minutes: int      # on 2 cores, where nothing is there yet
+
+
+ITEMS = {
+    "000-fig1": Item(paper_000.batches, "SFT at batch 4 and 1,024: spikes", 3, 10),
+    "000-table1": Item(paper_000.scores, "reward scores of the original, of SFT and of the data's answers", 5, 12),
+    "000-fig2-4": Item(paper_000.lora_ranks, "LoRA: ranks, biases, memory, speed (from results/ranks)", 5, 0),
+    "000-fig5-6": Item(paper_000.cdpo, "DPO and CDPO: variance, equal accuracy, out-of-sequence tokens", 5, 18),
+    "000-fig7": Item(paper_000.agma, "AGMA and its ablations", 3, 20),
+}
+
+
+def save(lab, name, seeds, found):
+    """ID.json and ID.png."""
+    folder = lab.file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if found.draw:
+        found.draw(folder / f"{name}.png")
+    pictures = [f"{RESULTS}/{name}.png"] if found.draw else list(found.pictures)
+    text = json.dumps({"item": name, "title": ITEMS[name].title, "seeds": seeds, "setting": found.setting, "pictures": pictures,
+                       "command": f"python -m studies.reproduce {name}", "claims": [c._asdict() for c in found.claims],
+                       "numbers": found.numbers}, indent=1)
+    write_atomically(folder / f"{name}.json", text.encode())
+
+
+def show(name, found):
+    print(f"\n{name}: {ITEMS[name].title}\n{found.setting}\n")
+    for claim in found.claims:
+        print(f"  the report: {claim.says}\n  here:       {claim.found}\n  verdict:    {claim.verdict}\n")
+
+
+def table(folder):
+    """RESULTS.md's rows, from what is in a folder of results."""
+    lines = ["| | the report says | here | verdict | setting, command, picture |", "| --- | --- | --- | --- | --- |"]
+    for name in ITEMS:
+        path = folder / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            for i, claim in enumerate(found["claims"]):
+                pictures = ", ".join(f"[{Path(p).name}]({p})" for p in found["pictures"])
+                where = f"{found['setting']}. `{found['command']}` {pictures}" if not i else "as above"
+                lines.append(f"| {name} | {claim['says']} | {claim['found']} | **{claim['verdict']}** | {where} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(path, lines):
+    """Between the marks of RESULTS.md."""
+    text = path.read_text()
+    before, rest = text.split(MARKS[0])
+    write_atomically(path, (before + MARKS[0] + lines + MARKS[1] + rest.split(MARKS[1])[1]).encode())
+
+
+def listing(lab):
+    print(f"{'item':<14} {'what':<72} {'seeds':>5} {'minutes':>7}  state")
+    for name, item in ITEMS.items():
+        state = "done" if (lab.file.parent / f"{name}.json").exists() else ""
+        print(f"{name:<14} {item.title:<72} {item.seeds:>5} {item.minutes:>7}  {state}")
+
+
+def quick():
+    """Every item with runs of two steps, in this process; nothing of it is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Bench(folder, quick=True)
+        lab.runs = Path(folder) / "runs"
+        write_data()
+        for name, item in ITEMS.items():
+            began = time.time()
+            found = item.work(lab, 1)
+            save(lab, name, 1, found)
+            print(f"{name}: {len(found.claims)} claims, {time.time() - began:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m studies.reproduce", description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="*", help="ids of --list, or all")
+    parser.add_argument("--list", action="store_true", help="the items, and which are done")
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: print the paper's own commands")
+    parser.add_argument("--run", action="store_true", help="with --scale gpu: run them, too")
+    parser.add_argument("--seeds", type=int, help="the item's own unless given")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after this time; the next call goes on")
+    parser.add_argument("--report", action="store_true", help="only from what is there")
+    parser.add_argument("--results", default=RESULTS, help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="two steps a run, nothing kept")
+    options = parser.parse_args()
+    names = list(ITEMS) if options.items == ["all"] else options.items
+    for name in names:
+        if name not in ITEMS:
+            raise InputError(f"no item {name!r}: expected all or {', '.join(ITEMS)}")
+    for flag, value in (("minutes", options.minutes), ("seeds", options.seeds)):
+        if value is not None and not value > 0:
+            raise InputError(f"--{flag}: expected a number above 0, found {value}")
+    if options.quick:
+        return quick()
+    if options.scale == "gpu":
+        return gpu.show(names, options.run)
+    lab = Bench(options.results)
+    if options.list or not names:
+        return listing(lab)
+    if options.report:
+        lab.stop.set()
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, lab.interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+        write_data()
+    for name in names:
+        try:
+            seeds = options.seeds or ITEMS[name].seeds
+            found = ITEMS[name].work(lab, seeds)
+        except TimeUp:
+            print(f"{name}: not all runs are there yet", flush=True)
+            continue
+        save(lab, name, seeds, found)
+        show(name, found)
+    if options.results == RESULTS and (HERE / "RESULTS.md").exists():
+        write_table(HERE / "RESULTS.md", table(lab.file.parent))
+
+
+if __name__ == "__main__":
+    one_line(main)

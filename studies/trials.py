@@ -1,0 +1,291 @@
+"""
+What the items of studies/reproduce.py share: runs that differ in a method, each method at a learning rate of its own; judgements
+of answers; claims with their verdicts; curves.
+"""
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import data
+import eval_reward
+import minihh
+import plots
+import runs
+from files import InputError
+from studies import seeds
+from studies.compare import curve, speedup, spread
+from studies.lab import HERE, Lab, rate, search
+
+RUNS = Path("runs/reproduce")   # under the repository
+KEPT = ("step", "samples", "updates", "flops", "seconds", "train_eval_loss", "val_loss", "val_dpo_loss", "val_logp_accuracy",
+        "val_reward_accuracy", "policy_entropy", "val_full_kl", "regularizer", "probe_loss", "grad_variance",
+        "grad_variance_relative")
+FAIR = ["--schedule", "constant", "--weight-decay", 0, "--grad-clip", 0, "--eval-samples", 520, "--eval-answers", 0]
+VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
+
+
+class TimeUp(Exception):
+    """The lab was told to stop: what is there is kept, and the next call goes on."""
+
+
+class Claim(NamedTuple):
+    says: str       # the report
+    found: str      # figures here, with n
+    verdict: str    # one of VERDICTS
+
+
+class Found(NamedTuple):
+    """What an item came to. draw(path) makes its picture; pictures: those of another study that show it."""
+    setting: str
+    claims: list
+    draw: Callable = None
+    pictures: tuple = ()
+    numbers: dict = {}   # for the JSON file, beside the claims
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs
+
+class Bench(Lab):
+    """The lab of all items. quick: every run has two steps and stays in this process, every method one rate; nothing is kept."""
+
+    def __init__(self, results, quick=False):
+        super().__init__(results, RUNS, KEPT, ("optimizer", "lr", "seed", "accumulate"), brief="/valid/")
+        self.quick = quick
+
+    def made(self, name, script, *flags):
+        """A run's findings, or TimeUp."""
+        found = self.in_process(name, script, *flags) if self.quick else self.run(name, script, *flags)
+        if found is None:
+            raise TimeUp
+        return found
+
+    def trained(self, name, script, *flags):
+        """As made(), where best.pt is needed. -> its folder, as a flag."""
+        found = self.in_process(name, script, *flags) if self.quick else self.weights(name, script, *flags)
+        if found is None:
+            raise TimeUp
+        return f"{self.runs}/{name}"
+
+    def in_process(self, name, script, *flags):
+        if name not in self.found:
+            script = importlib.import_module(script.removesuffix(".py"))
+            short = ["--steps", 2, "--warmup", 0, "--eval-every", 1, "--eval-samples", 16, "--keep-every", 1, "--log-every", 1]
+            probes = ["--variance-every", 1] if "--variance-every" in flags else []
+            out = ["--out", f"{self.runs}/{name}", "--overwrite"]
+            script.main(runs.parse(script.Config, [str(flag) for flag in (*flags, *short, *probes, *out)]))
+            self.found[name] = self.summary(self.folder(name))
+        return self.found[name]
+
+    def judged(self, name, models, judge):
+        """{model: {"right", "reward", each greedy and sampled}} of models, {label: checkpoint}, and {"own": {which: reward}}, by a
+        reward model's run, on minihh's test prompts; made once."""
+        if name in self.found:
+            return self.found[name]
+        if self.stop.is_set():
+            raise TimeUp
+        out = f"{self.runs}/{name}"
+        if self.quick:
+            eval_reward.main(eval_reward.Config(models=tuple(models.values()), judge=judge, out=out, show=0, limit=8))
+        else:
+            command = [sys.executable, "eval_reward.py", "--models", ",".join(models.values()), "--judge", judge, "--out", out,
+                       "--show", "0"]
+            done = subprocess.run(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                raise InputError(f"{name}: {done.stderr.strip()}")
+        scores = json.loads((HERE / out / "scores.json").read_text())
+        found = {"own": {which: row["reward"] for which, row in scores["own answers"].items()}, "models": {
+            label: {f"{key}, {mode}": scores["models"][path][of][key] for key in ("right", "reward")
+                    for mode, of in (("greedy", "greedy"), ("sampled", "temperature 1"))} for label, path in models.items()}}
+        self.keep(name, found) if not self.quick else self.found.update({name: found})
+        return self.found[name]
+
+    def map(self, function, jobs):
+        return [function(*job) for job in jobs] if self.quick else super().map(function, jobs)
+
+
+def write_data(source="minihh"):
+    """The splits of a data set as files under RUNS, pairs and plain text (every dialogue with either response)."""
+    prefix = RUNS / ("" if source == "minihh" else "hh-")
+    found, _ = data.load_pairs(source, ("train", "valid", "test"))
+    for split, pairs in found.items():
+        rows = [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in pairs]
+        write(HERE / f"{prefix}{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write(HERE / f"{prefix}{split}.txt", "".join(row["chosen"] + row["rejected"] for row in rows) + "\n")
+
+
+def write(path, text):
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def files(split, kind="jsonl", prefix=""):
+    """TRAIN,VALID of --data, with a split in the place of valid."""
+    return f"{RUNS}/{prefix}train.{kind},{RUNS}/{prefix}{split}.{kind}"
+
+
+def sft_start(lab, seed):
+    """The demo's SFT model, which studies/seeds.py has for five seeds."""
+    if lab.quick:
+        return lab.trained(f"start/sft-s{seed}", "train_sft.py", "--seed", seed)
+    other = seeds.new_lab("results/seeds")
+    other.stop, other.children, other.lock = lab.stop, lab.children, lab.lock
+    name = seeds.folder("sft", seed)
+    if not other.weights(name, "train_sft.py", "--seed", seed):
+        raise TimeUp
+    return f"{seeds.RUNS}/{name}"
+
+
+def text_start(lab, seed):
+    """A model that was trained on plain text, every dialogue with its good and its bad response: what a pre-trained GPT-2 is here."""
+    return lab.trained(f"start/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files("valid", "txt"), "--loss-on", "all",
+                       "--micro-batch", 4, "--epochs", 1, "--eval-every", 100, "--eval-samples", 60, "--eval-answers", 0,
+                       "--lr", 4e-3, "--warmup", 20)
+
+
+class Comparison(NamedTuple):
+    """Runs that differ in their method. Each method's rate is tuned on valid with seed 1 (lab.search, a lattice of 1.5) by the
+    last loss; what is reported is read on test."""
+    name: str
+    script: str
+    flags: list
+    methods: dict             # label -> (power of 1.5 of its first rate, its flags)
+    start: Callable = None    # (lab, seed) -> --init
+    loss: str = "val_loss"
+    data: dict = {"kind": "jsonl"}
+    tuning: list = []         # flags of the runs that tune, such as half the length
+
+    def run(self, lab, label, lr, seed, split="test"):
+        init = ["--init", self.start(lab, seed)] if self.start else []
+        tuning = self.tuning if split == "valid" else []
+        slug = label.replace(", ", "-").replace(" ", "-")
+        return lab.made(f"{self.name}/{split}/{slug}-{lr:g}-s{seed}", self.script, *self.flags, *self.methods[label][1], *tuning,
+                        "--lr", lr, "--seed", seed, "--data", files(split, **self.data), *init)
+
+    def last(self, run):
+        return math.inf if "diverged" in run else [e[self.loss] for e in run["events"] if self.loss in e][-1]
+
+    def grid(self, lab, label):
+        """{rate: last loss on valid}"""
+        middle = self.methods[label][0]
+        if lab.quick:
+            return {rate(middle): 0.0}
+        return {rate(power): loss for power, loss in
+                search(lambda power: self.last(self.run(lab, label, rate(power), 1, "valid")), middle).items()}
+
+    def grids(self, lab):
+        if self.start:
+            self.start(lab, 1)   # before two threads ask for it
+        return dict(zip(self.methods, lab.map(self.grid, [(lab, label) for label in self.methods])))
+
+    def at(self, lab, rates, n):
+        """{label: {seed: run}} of methods, {label: rate}, with n seeds, on test."""
+        if self.start:
+            lab.map(self.start, [(lab, seed) for seed in range(1, n + 1)])
+        jobs = [(lab, label, lr, seed) for seed in range(1, n + 1) for label, lr in rates.items()]
+        found = lab.map(self.run, jobs)
+        return {label: {seed: run for (_, name, _, seed), run in zip(jobs, found) if name == label} for label in rates}
+
+    def own(self, lab, n):
+        """Every method at the rate of its own: ({label: rate}, {label: {seed: run}})."""
+        rates = {label: min(grid, key=grid.get) for label, grid in self.grids(lab).items()}
+        return rates, self.at(lab, rates, n)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures and verdicts
+
+def lasts(runs, key):
+    """[last value a seed]"""
+    return [[e[key] for e in run["events"] if key in e][-1] for run in runs.values()]
+
+
+def speedups(runs, base, key="val_loss", x="samples", share=1.0):
+    """[cost of the baseline / cost of the method to equal loss, a seed], of {seed: run} and {seed: run}; None where one never gets
+    below its start."""
+    return [speedup(curve(base[seed]["events"], x, key), curve(runs[seed]["events"], x, key), share)[0] for seed in runs
+            if seed in base]
+
+
+def accuracy_speedups(runs, base, x="samples", key="val_reward_accuracy"):
+    """The same to an equal accuracy: the highest that both reach."""
+    def falling(run):
+        return curve([{**e, key: -e[key]} for e in run["events"] if key in e], x, key)
+    return [speedup(falling(base[seed]), falling(runs[seed]))[0] for seed in runs if seed in base]
+
+
+def at_equal(runs, base, key, accuracy="val_reward_accuracy"):
+    """[a number of the method / the baseline's, a seed], both where their accuracy is first the highest that both reach."""
+    def at(run, level):
+        points = [(e[accuracy], e[key]) for e in run["events"] if accuracy in e]
+        for (a, x), (b, y) in zip(points, points[1:]):
+            if b >= level > a:
+                return x + (y - x) * (level - a) / (b - a)
+    def best(run):
+        return max(e[accuracy] for e in run["events"] if accuracy in e)
+    found = []
+    for seed in runs:
+        level = min(best(runs[seed]), best(base[seed]))
+        one, two = at(runs[seed], level), at(base[seed], level)
+        found.append(one / two if one is not None and two else None)
+    return found
+
+
+def differences(runs, base, key):
+    """[last value less the baseline's, a seed]"""
+    one, two = ({seed: lasts({seed: run}, key)[0] for seed, run in of.items()} for of in (runs, base))
+    return [one[seed] - two[seed] for seed in one if seed in two]
+
+
+def mean_range(values, digits=3):
+    return f"{statistics.fmean(values):+.{digits}f} [{min(values):+.{digits}f}, {max(values):+.{digits}f}]"
+
+
+def verdict(values, claimed, none=1.0):
+    """Of a ratio (none = 1) or a difference (none = 0) that a report says is about `claimed`, a value a seed: reproduced where every
+    seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where only the side is right
+    in every seed, or the size only in the median; else not."""
+    def way(x):
+        return math.log(x) / math.log(claimed) if none else x / claimed
+    ways = [way(x) for x in values if x is not None]
+    if not ways:
+        return "not reproduced"
+    side, size = min(ways) > 0, statistics.median(ways) >= 0.5
+    return "reproduced" if side and size else "partly" if side or size else "not reproduced"
+
+
+def holds(values, share=1.0):
+    """Of a yes or no, one a seed: reproduced where all say yes, partly where most do."""
+    yes = statistics.fmean(bool(value) for value in values)
+    return "reproduced" if yes >= share else "partly" if yes > 0.5 else "not reproduced"
+
+
+PALETTE = ("#1f5fa8", "#d62728", "#2a8f5b", "#e8890c", "#6a3d9a", "#86c440", "#8a5a3b", "#222222", "#b39ddb")
+
+
+def color(label, labels):
+    return plots.COLORS.get(label) or PALETTE[list(labels).index(label) % len(PALETTE)]
+
+
+def curves(axis, groups, x, y, colors=None):
+    """Mean and range over seeds of {label: {seed: run}}'s evaluations."""
+    for label, runs in groups.items():
+        points = [[(e[x], e[y]) for e in run["events"] if y in e] for run in runs.values() if "diverged" not in run]
+        if not points:
+            continue
+        length = min(map(len, points))
+        cost = [statistics.fmean(p[i][0] for p in points) for i in range(length)]
+        values = [[p[i][1] for p in points] for i in range(length)]
+        drawn = (colors or {}).get(label) or color(label, groups)
+        axis.fill_between(cost, list(map(min, values)), list(map(max, values)), color=drawn, alpha=0.12, linewidth=0)
+        axis.plot(cost, list(map(statistics.fmean, values)), color=drawn, linewidth=1.3, label=f"{label} (n = {len(points)})")
+
+
+def three(values):
+    return spread(values, 3)
