@@ -112,7 +112,7 @@ class Bench(Lab):
 
 def write_data(source="minihh"):
     """The splits of a data set as files under RUNS, pairs and plain text (every dialogue with either response)."""
-    prefix = RUNS / ("" if source == "minihh" else "hh-")
+    prefix = f"{RUNS}/" + ("" if source == "minihh" else "hh-")
     found, _ = data.load_pairs(source, ("train", "valid", "test"))
     for split, pairs in found.items():
         rows = [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in pairs]
