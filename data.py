@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -39,14 +40,17 @@ RECTANGLES = 4     # calls of attention a layer: one for all would pad to the lo
 KEEP_PROMPT = 64   # tokens of the context that a response never takes from its prompt
 LONGEST_LINE = 10 ** 7     # bytes of a row; and what a file may unpack to, if that is more than a hundred times its size:
 LARGEST_UNPACKED = 10 ** 8
+LARGEST_WHOLE = 10 ** 9    # bytes of a file that is read at once
+STRETCH = 2 ** 14          # characters of plain text that stay together when it is split
+END = "<|endoftext|>"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # text -> pairs
 
 class Pair(NamedTuple):
-    prompt: str
+    prompt: str                  # empty: `chosen` is a stretch of plain text
     chosen: str
-    rejected: str
+    rejected: str | None = None
 
 
 def parse(chosen, rejected):
@@ -66,7 +70,12 @@ def parse(chosen, rejected):
 
 def is_glued(pair):
     """A response that goes on into another turn: kept, but counted."""
-    return any(turn in text for text in pair[1:] for turn in ("Human:", "Assistant:"))
+    return pair.prompt != "" and any(turn in text for text in pair[1:] if text for turn in ("Human:", "Assistant:"))
+
+
+def form(pairs):
+    """What the rows of a data set are."""
+    return "pairs" if pairs[0].rejected is not None else "dialogues" if pairs[0].prompt else "stretches"
 
 
 def read_pairs(path):
@@ -114,19 +123,47 @@ def _row(path, n, line):
             raise InputError(f'{path}:{n}: expected the turn marker "\\n\\nAssistant:" in "{key}", found {row[key][:40]!r}')
     return row["chosen"], row["rejected"]
 
+
+def read_text(path):
+    """A .txt file, as read_pairs: its stretches. "<|endoftext|>" ends a document, and so does the file; a long document is cut at
+    a line's end, where it has one, into stretches of STRETCH characters, or of a fiftieth of a small file."""
+    text, found = _whole(path), []
+    size = max(2, min(STRETCH, len(text) // 50))
+    for document in (part.strip("\r\n") for part in text.split(END)):
+        found += re.findall(rf"(?s).{{1,{size - 1}}}(?:\n|\Z)|.{{1,{size}}}", document)
+        if document:
+            found[-1] += END
+    return [Pair("", stretch) for stretch in found], Counter()
+
+
+def _whole(path):
+    """The text of a file that is read at once."""
+    if path.stat().st_size > LARGEST_WHOLE:
+        raise InputError(f"{path}: expected at most {LARGEST_WHOLE:,} bytes, found {path.stat().st_size:,}")
+    raw = path.read_bytes()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise InputError(f"{path}:{line}: expected UTF-8 text ({e.reason})") from None
+
+
+READERS = {".jsonl": read_pairs, ".jsonl.gz": read_pairs, ".txt": read_text}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # data sets by name
 
 HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
 
 
-def load_pairs(name, splits=("train", "valid"), half="all"):
+def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
     """A data set -> ({split: list of Pair}, Counter of dropped and glued rows).
 
-    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a
-    .jsonl[.gz] file or a folder of them (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that we make go by
-    the first human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak. half: `sft` or
-    `preference`, two disjoint halves of the training pairs.
+    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a file in
+    one of READERS' formats or a folder of .jsonl[.gz] (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that
+    we make go by the first human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak; of plain
+    text by the stretch. half: `sft` or `preference`, two disjoint halves of the training pairs. need: `pair`, both responses;
+    `response`, dialogues at least; `all`, plain text will do.
     """
     counts = Counter()
     if not all(part.strip() for part in name.split(",")):
@@ -166,16 +203,20 @@ def load_pairs(name, splits=("train", "valid"), half="all"):
     if half != "all" and "train" in found:
         found["train"] = [p for p in found["train"] if (_draw(p, "half") < 0.5) == (half == "sft")]
     for split, pairs in found.items():
-        counts[f"{split} pairs"] = len(pairs)
+        counts[f"{split} {form(pairs) if pairs else 'pairs'}"] = len(pairs)
         if not pairs:
             why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped"))
             raise InputError(f"--data {name}: the {split} split is empty ({why or 'no row was dropped'})")
+        if form(pairs) == "stretches" and need != "all":
+            raise InputError(f"--data {name}: plain text has no responses: it is for train_sft.py --loss-on all")
+        if form(pairs) != "pairs" and need == "pair":
+            raise InputError(f"--data {name} has no pairs: expected a chosen and a rejected response, HH-RLHF's format")
     return found, counts
 
 
 def _draw(pair, salt):
     """A number in [0, 1) that depends on the first human turn alone."""
-    first_turn = pair.prompt.split(ASSISTANT)[0]
+    first_turn = pair.prompt.split(ASSISTANT)[0] or pair.chosen
     return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode(errors="surrogatepass")).digest()[:6], "big") / 2 ** 48
 
 
@@ -189,15 +230,15 @@ def _files(path):
     if not path.is_file():
         raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, or a path, and there is no such "
                          "file")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"{path}: expected a .jsonl or .jsonl.gz file")
+    if not path.name.endswith(tuple(READERS)):
+        raise InputError(f"{path}: expected a {', '.join(READERS)} file")
     return [path]
 
 
 def _read_all(paths, counts):
     found = []
     for path in paths:
-        pairs, dropped = read_pairs(path)
+        pairs, dropped = next(read for ending, read in READERS.items() if path.name.endswith(ending))(path)
         found += pairs
         counts["rows"] += len(pairs) + sum(dropped.values())
         counts.update({f"dropped: {why}": n for why, n in dropped.items()})
@@ -256,7 +297,7 @@ def _provide_bpe_files():
 @dataclass
 class Tokens:
     """Pairs as one flat array: pair i is flat[ends[i-1, 2]:ends[i, 2]], its prompt ends at ends[i, 0], its chosen response
-    at ends[i, 1], its rejected one at ends[i, 2]."""
+    at ends[i, 1], its rejected one at ends[i, 2]; where there is none, that is empty."""
     flat: np.ndarray   # uint16
     ends: np.ndarray   # (n, 3) int64
 
@@ -271,6 +312,10 @@ class Tokens:
         start = self.ends[i - 1, 2] if i else 0
         a, b, c = self.ends[i]
         return self.flat[start:a], self.flat[a:b], self.flat[b:c]
+
+    @property
+    def paired(self):
+        return bool(self.ends[0, 1] < self.ends[0, 2])
 
     def lengths(self):
         """(n, 3) tokens of prompt, chosen, rejected."""
@@ -310,16 +355,18 @@ def encode(pairs, vocab_size, block_size):
     if block_size < 2 * KEEP_PROMPT:
         raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
     encoding = tokenizer(vocab_size)
+    if pairs and form(pairs) == "stretches":
+        return encode_text((pair.chosen for pair in pairs), encoding, block_size)
     texts = [part for pair in pairs for part in pair]
-    ids = [encoding.encode_ordinary(text) for text in texts]
+    ids = [[] if text is None else encoding.encode_ordinary(text) for text in texts]
     turn, eot, cut = encoding.encode_ordinary(HUMAN), vocab_size - 1, Counter()
     parts = []
     for i in range(0, len(ids), 3):
         responses = []
-        for response in ids[i + 1:i + 3]:
+        for text, response in zip(texts[i + 1:i + 3], ids[i + 1:i + 3]):
             fits = len(response) < block_size - KEEP_PROMPT
             cut["responses cut"] += not fits
-            responses.append(response + [eot] if fits else response[:block_size - KEEP_PROMPT])
+            responses.append([] if text is None else response + [eot] if fits else response[:block_size - KEEP_PROMPT])
         room = block_size - max(map(len, responses))
         if len(ids[i]) > room:
             cut["prompts cut"] += 1
@@ -327,6 +374,18 @@ def encode(pairs, vocab_size, block_size):
         parts += [ids[i], *responses]
     flat = np.fromiter((t for part in parts for t in part), dtype=np.uint16, count=sum(map(len, parts)))
     return Tokens(flat, np.cumsum([len(part) for part in parts], dtype=np.int64).reshape(-1, 3)), cut
+
+
+def encode_text(stretches, encoding, block_size):
+    """Plain text -> (Tokens, Counter): all its tokens in a line, cut into blocks of block_size. Each block has up to 32 tokens as
+    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out."""
+    flat = np.concatenate([np.array(encoding.encode(text, allowed_special={END}), dtype=np.uint16) for text in stretches])
+    if len(flat) < 2:
+        raise InputError(f"plain text of {len(flat)} tokens is too short: expected at least 2")
+    starts = np.arange(0, len(flat) - 1, block_size)
+    stops = np.minimum(starts + block_size, len(flat))
+    ends = np.stack((np.minimum(starts + 32, stops - 1), stops, stops), axis=1)
+    return Tokens(flat[:stops[-1]], ends), Counter(blocks=len(starts), tokens=int(stops[-1]))
 
 
 def cut_prompt(prompt, room, turn):
@@ -485,9 +544,9 @@ def sha256(*splits):
 # ----------------------------------------------------------------------------------------------------------------------
 # for the scripts: both splits at once, and sampled answers
 
-def load(name, config, half="all"):
+def load(name, config, half="all", need="pair"):
     """--data for a model's config -> (Tokens of train, Tokens of valid, Counter of everything that was dropped, cut or glued)."""
-    pairs, counts = load_pairs(name, half=half)
+    pairs, counts = load_pairs(name, half=half, need=need)
     found = []
     for split in ("train", "valid"):
         tokens, cut = tokenize(pairs[split], config.vocab_size, config.block_size)

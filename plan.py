@@ -138,7 +138,7 @@ def show(cfg, batch_of, columns, make, kind=gpt.GPT, on_disk=None):
     pairs; on_disk(tokens, rows, n_embd) -> bytes of the cache for the pairs that the run meets."""
     device, autocast = runs.setup(cfg)
     config = gpt.config_of(cfg.init, cfg.block_size, cfg.dropout)
-    train, _, _ = data.load(cfg.data, config, cfg.half)
+    train, _, _ = data.load(cfg.data, config, cfg.half, need="pair" if columns == 3 else cfg.loss_on)
     order, steps = data.Order(train.lengths()[:, :columns].sum(1), cfg.micro_batch, cfg.seed), runs.count_steps(cfg, len(train))
     batch, half = batch_of(train, order.longest(steps * cfg.accumulate)), autocast is not contextlib.nullcontext
     found = count(cfg, config, batch, make, kind, device.type, half)

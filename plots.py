@@ -37,7 +37,8 @@ def draw(folder):
         calibration(events, config, folder / "calibration.png")
     else:
         sft_loss(events, config, folder / "loss.png")
-    accuracy(events, config, folder / "accuracy.png")
+    if any("val_logp_accuracy" in e or "val_reward_accuracy" in e for e in events):   # SFT on no pairs has none
+        accuracy(events, config, folder / "accuracy.png")
     if any("update_variance" in e for e in events):
         optimizer = config["flags"]["optimizer"]
         for name, x in (("variance.png", "probe_loss"), ("variance-time.png", "seconds")):
@@ -120,7 +121,8 @@ def sft_loss(events, config, path):
     baseline(axis, unigram, "unigram frequencies, above:" if far else "unigram frequencies")
     axis.set_ylim(0 if low < high / 2 else low, high)
     scored = "the response" if config["flags"]["loss_on"] == "response" else "all tokens"
-    finish(axis, "dialogues seen", f"nats per token of {scored}")
+    unit = "blocks" if "train blocks" in config.get("data", {}) else "dialogues"
+    finish(axis, f"{unit} seen", f"nats per token of {scored}")
     axis.set_title(title(config["flags"]), fontsize=10)
     figure.savefig(path, dpi=110)
 

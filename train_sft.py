@@ -38,8 +38,8 @@ class Config(runs.Config):
 
 @torch.no_grad()
 def evaluate(cfg, model, autocast, train, valid):
-    """Loss on held-out and on training examples, how often the chosen response is likelier than the rejected one, and what
-    sampled answers look like. Draws from a generator of its own, so that evaluating changes nothing."""
+    """Loss on held-out and on training examples, of pairs how often the chosen response is likelier than the rejected one, and
+    what sampled answers look like. Draws from a generator of its own, so that evaluating changes nothing."""
     device, found = model.wte.weight.device, {}
     model.eval()
     with autocast():
@@ -50,14 +50,15 @@ def evaluate(cfg, model, autocast, train, valid):
                 logps = losses.token_logps(*batch.hidden_and_head(model), batch.targets)
                 nll, scored = nll - logps.double().sum().item(), scored + len(batch.targets)
             found[key] = nll / scored
-        logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
-                 for rows in data.in_order(valid, 4 * cfg.micro_batch)]
-        chosen, rejected = map(torch.cat, zip(*logps))
+        if valid.paired:
+            logps = [losses.batch_logps(model, data.pair_batch(valid, rows).to(device)).chunk(2)
+                     for rows in data.in_order(valid, 4 * cfg.micro_batch)]
+            chosen, rejected = map(torch.cat, zip(*logps))
+            found |= {"val_logp_accuracy": losses.wins(chosen, rejected).mean().item(),
+                      "val_chosen_logps": chosen.mean().item(), "val_rejected_logps": rejected.mean().item()}
         answers = data.sample_answers(model, valid, cfg.seed, cfg.eval_answers)
     model.train()
-    found |= {"val_logp_accuracy": losses.wins(chosen, rejected).mean().item(), "val_chosen_logps": chosen.mean().item(),
-              "val_rejected_logps": rejected.mean().item(), **data.describe_answers(answers)}
-    return found, data.show(model, valid, answers)
+    return found | data.describe_answers(answers), data.show(model, valid, answers)
 
 
 def batch_loss(model, batch, normaliser):
@@ -82,11 +83,13 @@ def main(cfg):
         lora.add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_bias, init_sha256)
 
     # ---- data --------------------------------------------------------------------------------------------------------
-    train, valid, counts = data.load(cfg.data, model.config, cfg.half)
+    train, valid, counts = data.load(cfg.data, model.config, cfg.half, need=cfg.loss_on)
     valid = valid[:cfg.eval_samples]
     order = data.Order(train.lengths()[:, :2].sum(1), cfg.micro_batch * parallel.size(), cfg.seed)
     steps = runs.count_steps(cfg, len(train))
-    unigram, longer = data.unigram_loss(train, valid, model.config.vocab_size, cfg.loss_on), data.longer_wins(valid)
+    unigram = data.unigram_loss(train, valid, model.config.vocab_size, cfg.loss_on)
+    longer = {"baseline_longer_wins": data.longer_wins(valid)} if valid.paired else {}
+    unit = "blocks" if "train blocks" in counts else "dialogues"
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
     optimizer = optim.make(cfg.optimizer, model, cfg.lr, cfg.betas, cfg.weight_decay, cfg.accumulate)
@@ -110,15 +113,16 @@ def main(cfg):
 
     # ---- begin -------------------------------------------------------------------------------------------------------
     size = optim.footprint(cfg.optimizer, model)
-    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {runs.step_size(cfg)} dialogues\n"
+    run.say(f"SFT of {cfg.init} on {device}, for {steps} steps of {runs.step_size(cfg)} {unit}\n"
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
-            f"on {len(valid)} held-out pairs: unigram loss {unigram:.3f}, longer-wins {longer:.3f}")
+            f"on {len(valid)} held-out {'pairs' if longer else unit}: unigram loss {unigram:.3f}"
+            + "".join(f", longer-wins {share:.3f}" for share in longer.values()))
     if cfg.lora_rank and cfg.init == "mini":
         run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
     longest = order.longest(steps * cfg.accumulate)
     runs.rehearse((loss for loss, in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
     run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,
-              device=str(device), data=counts, baseline_unigram_loss=unigram, baseline_longer_wins=longer, val_pairs=len(valid))
+              device=str(device), data=counts, baseline_unigram_loss=unigram, **longer, val_pairs=len(valid))
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     while True:
@@ -127,8 +131,9 @@ def main(cfg):
             if run.evaluated("val_loss", found, samples):
                 run.keep_best(model.config, lora.merged_state(model), lora.adapter_state(model))
             run.draw(plots.draw)
-            run.say("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f} | chosen likelier "
-                    "{val_logp_accuracy:.3f}".format(**run.at, **found) + data.show_answers(found))
+            likelier = " | chosen likelier {val_logp_accuracy:.3f}" if valid.paired else ""
+            run.say(("step {step:>5} held-out loss {val_loss:.4f}, train {train_eval_loss:.4f}" + likelier)
+                    .format(**run.at, **found) + data.show_answers(found))
         if run.keep_due():
             run.keep(f"step-{run.at['step']}.pt", model.config, lora.merged_state(model))
         if not run.goes_on(model, optimizer):

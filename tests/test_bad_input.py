@@ -124,7 +124,7 @@ TABLE = [
     ("train_sft.py", "--data cut.jsonl.gz", ": the file is cut off or damaged (Compressed file ended before"),
     ("train_sft.py", "--data same.jsonl", "--data same.jsonl: the train split is empty (3 dropped: identical responses)"),
     ("train_sft.py", "--data no.jsonl", "--data no.jsonl: the train split is empty (no row was dropped)"),
-    ("train_sft.py", "--data a.csv", "a.csv: expected a .jsonl or .jsonl.gz file"),
+    ("train_sft.py", "--data a.csv", "a.csv: expected a .jsonl, .jsonl.gz, .txt file"),
     ("train_sft.py", "--data EMPTY", "EMPTY: expected .jsonl or .jsonl.gz files in this folder, found none"),
     ("train_sft.py", "--data a,b,c", "--data: expected TRAIN,VALID, found 3 paths in 'a,b,c'"),
     ("train_sft.py", "--data hh-rlhf/helpful", "no subset 'helpful' of hh-rlhf: expected helpful-base, harmless-base"),

@@ -673,6 +673,98 @@ def test_only_the_test_file_is_fetched_for_a_test(hub):
     assert data.load_pairs("hh-rlhf/helpful-base", ("test",))[0] == {"test": rows["helpful-base", "test"]}
     assert asked == [at_hub("helpful-base", "test")]
 
+# ---- plain text ----------------------------------------------------------------------------------------------------------
+
+END = "<|endoftext|>"
+
+
+def lines(n, seed=0):
+    """n lines of a few words each, all different."""
+    rng = random.Random(seed)
+    words = ["the", "sea", "is", "don't", "é", "42,", "  two"]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randint(0, 12))) for i in range(n)]
+
+
+def test_plain_text_by_hand(tmp_path):
+    """A fiftieth of this file is 9 characters: lines of 6 stand alone, one of 20 without an end is cut. A document's last stretch
+    ends in the marker, and so does the file's; line ends around it are no text, nor are empty documents."""
+    path = tmp_path / "a.txt"
+    path.write_text(f"{END}\nline 1\nline 2\n{END}\n{END}\n\n" + "x" * 20 + f"{END}ab\n\n\ncd\n" + "  line\n" * 56)
+    stretches, dropped = data.read_text(path)
+    text = [pair.chosen for pair in stretches]
+    assert text[:7] == ["line 1\n", "line 2" + END, "x" * 9, "x" * 9, "xx" + END, "ab\n\n\ncd\n", "  line\n"]
+    assert text[7:] == ["  line\n"] * 54 + ["  line" + END] and not dropped
+    assert {(pair.prompt, pair.rejected) for pair in stretches} == {("", None)} and not any(map(data.is_glued, stretches))
+
+
+def test_blocks_by_hand():
+    """258 tokens in blocks of 128: the last has 2. Of 257 it would have one, which is scored nowhere: left out."""
+    for words, blocks in ((257, [[32, 96, 0], [32, 96, 0], [1, 1, 0]]), (256, [[32, 96, 0], [32, 96, 0]])):
+        tokens, counts = data.encode([Pair("", " a" * 100), Pair("", " a" * (words - 100) + END)], 50257, 128)
+        assert tokens.lengths().tolist() == blocks and not tokens.paired and tokens.flat.dtype == np.uint16
+        assert tokens.flat.tolist() == ([257] * words + [50256])[:sum(map(sum, blocks))]
+        assert counts == {"blocks": len(blocks), "tokens": len(tokens.flat)}
+    with pytest.raises(InputError, match="text of 1 tokens is too short"):
+        data.encode([Pair("", " a")], 50257, 128)
+    assert data.encode([Pair("", "a")] * 2, 50257, 128)[0].lengths().tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("size", [2048, 50257])
+def test_plain_text_agrees_with_another_library(size, gpt2_bpe, tmp_path):
+    """Given as TRAIN,VALID nothing is split: the documents in a line, each closed by end-of-text, cut every 200 tokens."""
+    rows = lines(400)
+    documents = ["\n".join(rows[i:i + 5]) for i in range(0, 400, 5)]   # none is longer than a fiftieth of all
+    (tmp_path / "a.txt").write_text(f"\n{END}\n".join(documents), encoding="utf-8")
+    config = SimpleNamespace(vocab_size=size, block_size=200)
+    train, valid, counts = data.load(f"{tmp_path}/a.txt,{tmp_path}/a.txt", config, need="all")
+    expected = [t for text in documents for t in [*gpt2_bpe[size](text), size - 1]]
+    assert same(train, valid) and len(train) == math.ceil(len(expected) / 200) > 10
+    assert [np.concatenate(train[i]).tolist() for i in range(len(train))] == [
+        expected[i:i + 200] for i in range(0, len(expected), 200)]
+    assert counts["train blocks"] == len(train) and counts["valid tokens"] == len(expected) and counts["train stretches"] == 80
+
+
+def test_plain_text_is_scored_once_but_for_the_first_of_each_block():
+    tokens, _ = data.encode([Pair("", line + "\n") for line in lines(300)], 2048, 128)
+    order = data.Order(tokens.lengths()[:, :2].sum(1), 4, seed=1)
+    seen = [data.sft_batch(tokens, order[i], "all") for i in range(order.per_epoch)]
+    scored = Counter(t for batch in seen for t in batch.targets.tolist())
+    firsts = Counter(int(tokens[i][0][0]) for i in range(len(tokens)))
+    assert scored + firsts == Counter(tokens.flat.tolist()) and sum(firsts.values()) == len(tokens) > 10
+    assert max(int(batch.packing.positions.max()) for batch in seen) == 126   # 127 go in, 127 are predicted
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_plain_text_is_split_by_stretches(tmp_path, marked):
+    """Each in one split, whatever is asked; a document that is there twice is in one split; the halves share none."""
+    documents = ["\n".join(lines(30, seed)) for seed in [*range(150), *range(20)]] if marked else ["\n".join(lines(9000))]
+    text = f"\n{END}\n".join(documents)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+
+    def load(**more):
+        return {k: [p.chosen for p in v] for k, v in data.load_pairs(str(tmp_path / "a.txt"), need="all", **more)[0].items()}
+    found, splits = load(splits=("train", "valid", "test")), load()
+    assert splits == {key: found[key] for key in ("train", "valid")}
+    assert not set(found["train"]) & set(found["valid"]) and not set(found["train"] + found["valid"]) & set(found["test"])
+    assert Counter("".join(sum(found.values(), [])).replace(END, "")) == Counter(text.replace(f"\n{END}\n", ""))
+    # of 50 stretches at least: two standard deviations of a share of 0.8 are 0.11
+    assert len(found["train"]) / sum(map(len, found.values())) == pytest.approx(0.8, abs=0.12)
+    halves = [load(half=half)["train"] for half in ("sft", "preference")]
+    assert sorted(halves[0] + halves[1]) == sorted(found["train"]) and not set(halves[0]) & set(halves[1]) and all(halves)
+
+
+def test_plain_text_is_refused_where_responses_are_needed(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(lines(900)))
+    for need in ("pair", "response"):
+        with pytest.raises(InputError, match="a.txt: plain text has no responses: it is for train_sft.py --loss-on all"):
+            data.load_pairs(str(tmp_path / "a.txt"), need=need)
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xff\n")
+    with pytest.raises(InputError, match="a.txt:3: expected UTF-8 text .invalid start byte"):
+        data.load_pairs(str(tmp_path / "a.txt"), need="all")
+    monkeypatch.setattr(data, "LARGEST_WHOLE", 12)
+    with pytest.raises(InputError, match="a.txt: expected at most 12 bytes, found 13"):
+        data.load_pairs(str(tmp_path / "a.txt"), need="all")
+
 # ---- properties: tokens --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [2048, 50257])
@@ -992,11 +1084,11 @@ def test_a_line_or_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypa
 
 
 def test_names_that_are_no_data_set(tmp_path):
-    (tmp_path / "a.txt").write_bytes(GOOD)
+    (tmp_path / "a.csv").write_bytes(GOOD)
     (tmp_path / "empty").mkdir()
     a = write(tmp_path / "a.jsonl", many_rows(60))
     for name, message in [("minhh", "minhh.*minihh"), (str(tmp_path / "none.jsonl"), "none.jsonl.*no such file"),
-                          (str(tmp_path / "a.txt"), r"a.txt: .*\.jsonl"), (str(tmp_path / "empty"), "empty: .*found none"),
+                          (str(tmp_path / "a.csv"), r"a.csv: .*\.jsonl"), (str(tmp_path / "empty"), "empty: .*found none"),
                           ("hh-rlhf/helpful", "helpful.*helpful-base, harmless-base"), (f"{a},{a},{a}", "TRAIN,VALID.* 3 paths"),
                           (f"{a},{tmp_path}/none.jsonl", "none.jsonl")]:
         with pytest.raises(InputError, match=message):
