@@ -10,7 +10,8 @@ import torch
 
 import optim
 import plots
-from studies import bench, optimizers
+from files import InputError
+from studies import optimizers
 from studies.compare import spread
 from studies.lab import HERE
 from studies.paper_000 import K, OPTIMIZERS, only
@@ -226,11 +227,11 @@ def dpo_curves(lab, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # figure 5: several epochs
 
-PAIRS = 800
+PAIRS = 800   # trials.write_data's few
 EPOCHS = Comparison(
     "001-fig5", "train_dpo.py", [*FAIR, "--micro-batch", 4, "--accumulate", K, "--epochs", 4, "--warmup", 4, "--eval-every", 5],
     {name: (power, ["--optimizer", name]) for name, power in (("adamw", -8), ("adamw-pma", -9), ("adamw-noaccum", -11))},
-    sft_start, "val_dpo_loss", {"kind": "jsonl", "train": f"few-{PAIRS}"})
+    sft_start, "val_dpo_loss", {"train": "few"})
 
 
 def epochs(lab, n):

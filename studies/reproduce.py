@@ -22,7 +22,7 @@ from typing import Callable, NamedTuple
 
 from files import InputError, write_atomically
 from runs import one_line
-from studies import gpu, paper_000
+from studies import gpu, paper_000, paper_001, paper_002
 from studies.lab import HERE
 from studies.trials import Bench, TimeUp, write_data
 
@@ -43,6 +43,25 @@ ITEMS = {
     "000-fig2-4": Item(paper_000.lora_ranks, "LoRA: ranks, biases, memory, speed (from results/ranks)", 5, 0),
     "000-fig5-6": Item(paper_000.cdpo, "DPO and CDPO: variance, equal accuracy, out-of-sequence tokens", 5, 18),
     "000-fig7": Item(paper_000.agma, "AGMA and its ablations", 3, 20),
+    "001-fig1": Item(paper_001.speedup_at_one_rate, "PMA's speedup at one rate and at own rates (figures 1, 11, 12)", 5, 12),
+    "001-fig2": Item(paper_001.schedule, "dynamic beta and learning rate, read off the optimizer", 1, 0),
+    "001-table1": Item(paper_001.table1, "validation loss by optimizer and K, one pass of SFT", 3, 20),
+    "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (3, 4, 13, 14; from results/optimizers)", 5, 0),
+    "001-fig5": Item(paper_001.epochs, "several epochs of DPO, overfitting", 3, 6),
+    "001-fig6": Item(paper_001.periods, "sensitivity to K (6, 15, 16; from results/optimizers)", 3, 0),
+    "001-fig7": Item(paper_001.variances, "variance of update and period (from results/optimizers)", 2, 0),
+    "001-fig8": Item(paper_001.half, "bfloat16 in the place of 7B", 3, 5),
+    "001-fig9": Item(paper_001.pretraining, "pre-training on plain text", 3, 8),
+    "001-fig10": Item(paper_001.schedule_ablation, "PMA's learning rates without its averages", 3, 5),
+    "001-time": Item(paper_001.overhead, "the time that PMA's updates take (from results/bench)", 3, 0),
+    "001-theory": Item(paper_001.theory, "what the theorems assume and say", 1, 0),
+    "002-fig1-2": Item(paper_002.long_training, "one dialogue a step for long: loss and scores", 3, 12),
+    "002-lr": Item(paper_002.divergence, "10 and 100 times the learning rate", 3, 3),
+    "002-fig3-4": Item(paper_002.optimizers, "five optimizers: loss, memory, time (and table 1)", 3, 15),
+    "002-fig5-7": Item(paper_002.lora, "LoRA's ranks (and table 2; from results/ranks)", 5, 0),
+    "002-fig8-9": Item(paper_002.helpful_only, "the helpful data alone", 3, 6),
+    "002-accumulation": Item(paper_002.accumulation, "accumulation of 4 against a batch of 1", 3, 4),
+    "002-dpo": Item(paper_002.dpo_fits, "DPO that did not fit", 1, 0),
 }
 
 

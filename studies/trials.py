@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import data
 import eval_reward
 import minihh
 import plots
@@ -110,25 +109,25 @@ class Bench(Lab):
         return [function(*job) for job in jobs] if self.quick else super().map(function, jobs)
 
 
-def write_data(source="minihh"):
-    """The splits of a data set as files under RUNS, pairs and plain text (every dialogue with either response)."""
-    prefix = f"{RUNS}/" + ("" if source == "minihh" else "hh-")
-    found, _ = data.load_pairs(source, ("train", "valid", "test"))
-    for split, pairs in found.items():
-        rows = [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in pairs]
-        write(HERE / f"{prefix}{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write(HERE / f"{prefix}{split}.txt", "".join(row["chosen"] + row["rejected"] for row in rows) + "\n")
+def write_data():
+    """minihh's splits as files under RUNS: pairs, and plain text (every dialogue with either response); and two parts of train: its
+    first 800 pairs, and a quarter of it without refusals."""
+    found = {split: minihh.examples(split) for split in ("train", "valid", "test")}
+    helpful = [e for e in found["train"] if e.skill != "refusal"]
+    found |= {"few": found["train"][:800], "helpful": helpful[:len(found["train"]) // 4]}
+    for name, examples in found.items():
+        rows = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in examples]
+        for kind, text in (("jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
+                           ("txt", "".join(row["chosen"] + row["rejected"] for row in rows) + "\n")):
+            path = HERE / RUNS / f"{name}.{kind}"
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
 
 
-def write(path, text):
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def files(split, kind="jsonl", prefix=""):
+def files(split, kind="jsonl", train="train"):
     """TRAIN,VALID of --data, with a split in the place of valid."""
-    return f"{RUNS}/{prefix}train.{kind},{RUNS}/{prefix}{split}.{kind}"
+    return f"{RUNS}/{train}.{kind},{RUNS}/{split}.{kind}"
 
 
 def sft_start(lab, seed):
@@ -159,7 +158,7 @@ class Comparison(NamedTuple):
     methods: dict             # label -> (power of 1.5 of its first rate, its flags)
     start: Callable = None    # (lab, seed) -> --init
     loss: str = "val_loss"
-    data: dict = {"kind": "jsonl"}
+    data: dict = {}           # which files: arguments of files()
     tuning: list = []         # flags of the runs that tune, such as half the length
 
     def run(self, lab, label, lr, seed, split="test"):
@@ -249,15 +248,15 @@ def mean_range(values, digits=3):
 
 def verdict(values, claimed, none=1.0):
     """Of a ratio (none = 1) or a difference (none = 0) that a report says is about `claimed`, a value a seed: reproduced where every
-    seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where only the side is right
-    in every seed, or the size only in the median; else not."""
+    seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where every seed is on its
+    side and the median goes a tenth of the way, or where only the median goes half of it; else not."""
     def way(x):
         return math.log(x) / math.log(claimed) if none else x / claimed
     ways = [way(x) for x in values if x is not None]
     if not ways:
         return "not reproduced"
-    side, size = min(ways) > 0, statistics.median(ways) >= 0.5
-    return "reproduced" if side and size else "partly" if side or size else "not reproduced"
+    side, size = min(ways) > 0, statistics.median(ways)
+    return "reproduced" if side and size >= 0.5 else "partly" if side and size >= 0.1 or size >= 0.5 else "not reproduced"
 
 
 def holds(values, share=1.0):
