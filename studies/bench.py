@@ -8,6 +8,7 @@ How fast is it? Ratios within one run, since a machine's speed drifts.
     python -m studies.bench sft         # SFT's against trl, transformers, and a padded rectangle with whole logits
     python -m studies.bench cdpo        # CDPO's against DPO's; cdpo-head: its head alone, against whole logits
     python -m studies.bench checkpointing   # DPO's with --checkpoint-activations, against those without
+    python -m studies.bench pma         # a step of 8 micro-batches, 8 updates by AdamW-PMA against AdamW's one
     python -m studies.bench plan        # what --dry-run counts against what processes take, gpt2 and gpt2-medium
     python -m studies.bench generate    # tokens a second of 8 prompts: against transformers' generate, and the memory's limit
 """
@@ -141,7 +142,7 @@ class Side(NamedTuple):
 
 
 NEEDED = {"dpo": ("trl",), "dpo-lora": ("trl", "peft"), "sft": ("trl", "transformers"), "generate": ("transformers",)}
-RANDOM = ("lora", "lora-dpo", "cdpo-head")   # on random tokens; the others on the pairs of a data set
+RANDOM = ("lora", "lora-dpo", "cdpo-head", "pma")   # on random tokens; the others on the pairs of a data set
 SIDES = {
     "dpo": {"ours": Side(rivals.ours, {"kind": "dpo"}),
             "ours, malloc variables": Side(rivals.ours, {"kind": "dpo"}, environ=MALLOC),
@@ -160,6 +161,7 @@ SIDES = {
     "lora": {"full": Side(rivals.ours, {"kind": "sft"}),
              **{f"rank {rank}, bias {bias}": Side(rivals.ours, {"kind": "sft", "rank": rank, "bias": bias}) for rank, bias in (
                  (1, "none"), (2, "none"), (8, "none"), (16, "none"), (8, "lora_only"), (8, "all"))}},
+    "pma": {name: Side(rivals.period, {"name": name}) for name in ("adamw", "adamw-pma", "lion", "lion-pma")},
     "lora-dpo": {"full": Side(rivals.ours, {"kind": "dpo", "cached": False}),
                  "rank 8, bias none": Side(rivals.ours, {"kind": "dpo", "rank": 8, "cached": False})},
 }
@@ -258,11 +260,11 @@ def spread(values, digits):
 
 
 def compare(what, model, dataset, device, tokens, rounds, out):
-    work = rivals.long_pair(model, device, tokens) if what in RANDOM else rivals.work(dataset, model, device)
+    work = rivals.long_pair(model, device, tokens, 8 if what == "pma" else 2) if what in RANDOM else rivals.work(dataset, model, device)
     pairs = [work.pairs[i] for rows in work.batches[1:] for i in rows]
     chosen = sum(len(p) + len(c) - 1 for p, c, _ in pairs)   # a dialogue's last token is not read
     once, twice = sum(len(part) for pair in pairs for part in pair), sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "cdpo-head": (rivals.HEADS, "heads"),
+    units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "pma": (chosen, "tokens"), "cdpo-head": (rivals.HEADS, "heads"),
              "lora-dpo": (chosen + sum(len(r) - 1 for _, _, r in pairs), "tokens")}.get(what, (len(pairs), "pairs"))
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     given = "random tokens" if what in RANDOM else (
@@ -283,8 +285,8 @@ def main(argv=None):
     options = parser.add_argument_group("of all but optim")
     options.add_argument("--device", default="auto", help="of all but plan")
     options.add_argument("--data", default="hh-rlhf/harmless-base",
-                         help="as for a script; not of lora, lora-dpo, cdpo-head, generate")
-    options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora and lora-dpo")
+                         help="as for a script; not of lora, lora-dpo, pma, cdpo-head, generate")
+    options.add_argument("--tokens", type=int, default=1024, help="of a dialogue in lora, lora-dpo and pma")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--out", help="JSON file for what was found; studies.ranks draws results/ranks/cost-*.json")
     cfg = parser.parse_args(argv)
@@ -292,7 +294,7 @@ def main(argv=None):
         optim_steps(cfg.model)
         return
     context = gpt.SIZES[cfg.model].block_size
-    if cfg.what in ("lora", "lora-dpo") and not 4 <= cfg.tokens <= context:   # three of four are prompt
+    if cfg.what in ("lora", "lora-dpo", "pma") and not 4 <= cfg.tokens <= context:   # three of four are prompt
         raise InputError(f"--tokens: expected 4 to {context}, the context of {cfg.model}, found {cfg.tokens}")
     if cfg.rounds < 1:
         raise InputError(f"--rounds: expected at least 1, found {cfg.rounds}")

@@ -15,7 +15,7 @@ from studies import optimizers
 from studies.compare import spread
 from studies.lab import HERE
 from studies.paper_000 import K, OPTIMIZERS, only
-from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, files, holds, lasts, mean_range, speedups,
+from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, holds, lasts, mean_range, speedups,
                             sft_start, text_start, three, verdict)
 
 BETAS = (0.9, 0.95)   # the report's for AdamW
@@ -311,27 +311,46 @@ def periods(lab, n):
 
 
 def variances(lab, n):
-    """The variance of gradient, update and a period's displacement, from results/optimizers' probes."""
-    found = {}
+    """The variance of gradient, update and a period's displacement: probes of SFT runs here, and those of results/optimizers."""
+    names = ("adamw", "adamw-pma", "adamw-noaccum")
+    rates = {f"{name}-8": min(grid, key=grid.get) for name in names for grid in [SFT.grid(lab, f"{name}-8")]}
+    which = SFT._replace(name="001-fig7", methods={label: (0, [*SFT.methods[label][1], "--variance-every", 25]) for label in rates})
+    keys = ("update_variance", "displacement_variance_relative")
+    probes = {("SFT here", label.removesuffix("-8")): [run["events"] for run in runs.values()]
+              for label, runs in which.at(lab, rates, n).items()}
     for task in ("sft", "dpo"):
         groups = own_groups(task)
-        for name in ("adamw", "adamw-pma"):
-            probes = [e for run in groups[name].values() for e in optimizers.after_warmup(run["events"])]
-            for key in ("update_variance", "update_variance_relative", "displacement_variance_relative"):
-                found[task, name, key] = [statistics.fmean(e[key]) if isinstance(e[key], list) else e[key] for e in probes]
-    ratio = {(task, key): [b / a for a, b in zip(found[task, "adamw", key], found[task, "adamw-pma", key])]
-             for task in ("sft", "dpo") for key in ("update_variance", "displacement_variance_relative")}
+        probes |= {(f"{task.upper()} of results/optimizers", name): [run["events"] for run in groups[name].values()
+                                                                     if any("update_variance" in e for e in run["events"])]
+                   for name in names}
+
+    def ratio(where, name, key):
+        """Of a seed's mean over its probes after the warm-up, to AdamW's."""
+        def mean(events):
+            found = [e[key] for e in optimizers.after_warmup(events)]
+            return statistics.fmean(statistics.fmean(x) if isinstance(x, list) else x for x in found)
+        return [mean(b) / mean(a) for a, b in zip(probes[where, "adamw"], probes[where, name])]
+    places = list(dict.fromkeys(where for where, _ in probes))
+    found = {key: {(where, name): ratio(where, name, key) for where in places for name in names[1:]} for key in keys}
+    one, whole = ([x for where in places for x in found[key][where, "adamw-pma"]] for key in keys)
+
+    def draw(path):
+        plots.variance([(name, plots.COLORS[name], mark, probes["SFT here", name]) for name, mark in zip(names, ".xs")], path,
+                       title="SFT on minihh, K = 8: ")
+
+    def text(key, name, digits):
+        return "; ".join(f"{where} {spread(found[key][where, name], digits)} (n = {len(found[key][where, name])})"
+                         for where in places)
     return Found(
-        "last block, 8 draws a probe, two seeds; accumulation draws K = 8 micro-batches an update, PMA one; results/optimizers",
+        "last block, 8 draws a probe; an update of accumulation takes K = 8 micro-batches, one of PMA a single one; own rates",
         [Claim("the variance of PMA's update is orders of magnitude lower",
-               "; ".join(f"{task.upper()}: of one update {spread(ratio[task, 'update_variance'], 3)} times AdamW's" for task in
-                         ("sft", "dpo")) + " (by construction: a new gradient weighs 1 / K in PMA's update)",
-               verdict(ratio["sft", "update_variance"] + ratio["dpo", "update_variance"], 0.1)),
+               f"of one update, AdamW's = 1: {text(keys[0], 'adamw-pma', 3)}. By construction: a new gradient weighs 1 / K in PMA's "
+               "update", verdict(one, 0.1)),
          Claim("(the fair measure) of a whole period's way, relative to its size",
-               "; ".join(f"{task.upper()} {spread(ratio[task, 'displacement_variance_relative'])} times AdamW's"
-                         for task in ("sft", "dpo")), verdict(ratio["sft", "displacement_variance_relative"]
-                                                              + ratio["dpo", "displacement_variance_relative"], 0.1))],
-        pictures=("results/optimizers/sft/compare-variance.png", "results/optimizers/dpo/compare-variance.png"))
+               f"AdamW's = 1: {text(keys[1], 'adamw-pma', 2)}; adamw-noaccum: {text(keys[1], 'adamw-noaccum', 2)}. It does not make "
+               "PMA faster (001-fig1)", verdict(whole, 0.1))],
+        draw, ("results/optimizers/sft/compare-variance.png", "results/optimizers/dpo/compare-variance.png"),
+        {key: {" ".join(at): values for at, values in found[key].items()} for key in keys})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figure 8: bfloat16 in the place of 7B, and the time that PMA takes
@@ -370,11 +389,13 @@ def overhead(lab, n):
     if not path.exists():
         raise InputError("results/bench/pma.json is not there: python -m studies.bench pma --out results/bench/pma.json")
     sides = json.loads(path.read_text())["found"]
-    ratio = [sum(b["seconds"]) / sum(a["seconds"]) for a, b in zip(sides["adamw"], sides["adamw-pma"])]
+    ratio = {pma: [sum(b["seconds"]) / sum(a["seconds"]) for a, b in zip(sides[base], sides[pma])]
+             for base, pma in (("adamw", "adamw-pma"), ("lion", "lion-pma"))}
     return Found(
-        "gpt2's shape, fp32, DPO, K = 8 micro-batches of 4 pairs of up to 512 tokens, 2 cores (python -m studies.bench pma)",
-        [Claim("PMA takes about 2 % more time", f"{spread(ratio)} times as long (n = {len(ratio)} rounds)",
-               "reproduced" if statistics.median(ratio) < 1.04 else "not reproduced")], pictures=())
+        "SFT, gpt2's shape, fp32, a step of 8 micro-batches of one dialogue of 1,024 tokens, 2 cores (python -m studies.bench pma)",
+        [Claim("PMA takes about 2 % more time", "AdamW-PMA takes " + ", Lion-PMA ".join(
+            f"{three(values)}" for values in ratio.values()) + f" times as long (n = {len(ratio['adamw-pma'])} rounds)",
+               "reproduced" if statistics.median(ratio["adamw-pma"]) < 1.04 else "not reproduced")])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figure 9: pre-training on plain text; figure 10: the schedule alone

@@ -14,7 +14,7 @@ from studies import fits, ranks
 from studies.compare import spread
 from studies.lab import HERE
 from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, files, holds, lasts, mean_range, speedups,
-                            text_start, three, verdict)
+                            text_start, three)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 1, 2, 8 and 9: one dialogue a step, for long; on all data and on the helpful part

@@ -119,6 +119,22 @@ def ours(work, kind, rank=0, bias="none", cached=True, checkpointing=False):
         "flops": sum(needed[1:]), **optim.footprint("adamw", model)}
 
 
+def period(work, name):
+    """One step of SFT on all tokens, of as many micro-batches as the work has, by the optimizer `name` as the scripts take it."""
+    device, _ = runs.setup(runs.Config(device=work.device, dtype="float32"))
+    model, K, tokens = gpt.GPT(gpt.SIZES[work.model]).to(device), len(work.batches) - 1, tokens_of(work)
+    optimizer = optim.make(name, model, 1e-5, None, 0.1, K)
+    batches = [data.sft_batch(tokens, rows, "all").to(device) for rows in work.batches]
+
+    def step(some, per_update):
+        scored = sum(len(batch.targets) for batch in some)
+        optim.accumulated_step(model, optimizer, ((train_sft.batch_loss(model, batch, scored),) for batch in some),
+                               [batch.rows for batch in some], per_update, 1.0)
+    needed = sum(gpt.flops(model.config, *batch.size, backward=True) for batch in batches[1:])
+    return (lambda: timed(device, [lambda: step(batches[:1], 1), lambda: step(batches[1:], optim.per_update(name, K))])), {
+        "flops": needed, **optim.footprint(name, model)}
+
+
 def looked(work, kind, cached, batch):
     """FLOPs of the reference in a step: a forward pass, or of a cached one CDPO's product with the head."""
     if kind == "sft" or cached and kind == "dpo":

@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import eval_reward
 import minihh
@@ -23,8 +24,8 @@ from studies.lab import HERE, Lab, rate, search
 
 RUNS = Path("runs/reproduce")   # under the repository
 KEPT = ("step", "samples", "updates", "flops", "seconds", "train_eval_loss", "val_loss", "val_dpo_loss", "val_logp_accuracy",
-        "val_reward_accuracy", "policy_entropy", "val_full_kl", "regularizer", "probe_loss", "grad_variance",
-        "grad_variance_relative")
+        "val_reward_accuracy", "policy_entropy", "val_full_kl", "regularizer", "probe_loss", "displacement_rms",
+        *(f"{what}_variance{form}" for what in ("grad", "update", "displacement") for form in ("", "_relative")))
 FAIR = ["--schedule", "constant", "--weight-decay", 0, "--grad-clip", 0, "--eval-samples", 520, "--eval-answers", 0]
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 
@@ -53,9 +54,9 @@ class Found(NamedTuple):
 class Bench(Lab):
     """The lab of all items. quick: every run has two steps and stays in this process, every method one rate; nothing is kept."""
 
-    def __init__(self, results, quick=False):
+    def __init__(self, results, quick=False, hh=None):
         super().__init__(results, RUNS, KEPT, ("optimizer", "lr", "seed", "accumulate"), brief="/valid/")
-        self.quick = quick
+        self.quick, self.hh = quick, hh   # hh: a folder of HH-RLHF's files
 
     def made(self, name, script, *flags):
         """A run's findings, or TimeUp."""
@@ -125,9 +126,9 @@ def write_data():
                 path.write_text(text)
 
 
-def files(split, kind="jsonl", train="train"):
+def files(split, kind="jsonl", train="train", prefix=""):
     """TRAIN,VALID of --data, with a split in the place of valid."""
-    return f"{RUNS}/{train}.{kind},{RUNS}/{split}.{kind}"
+    return f"{RUNS}/{train}.{kind},{RUNS}/{prefix}{split}.{kind}"
 
 
 def sft_start(lab, seed):
