@@ -260,11 +260,13 @@ def spread(values, digits):
 
 
 def compare(what, model, dataset, device, tokens, rounds, out):
-    work = rivals.long_pair(model, device, tokens, 8 if what == "pma" else 2) if what in RANDOM else rivals.work(dataset, model, device)
+    work = (rivals.long_pair(model, device, tokens, 8 if what == "pma" else 2) if what in RANDOM
+            else rivals.work(dataset, model, device))
     pairs = [work.pairs[i] for rows in work.batches[1:] for i in rows]
     chosen = sum(len(p) + len(c) - 1 for p, c, _ in pairs)   # a dialogue's last token is not read
     once, twice = sum(len(part) for pair in pairs for part in pair), sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs)
-    units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "pma": (chosen, "tokens"), "cdpo-head": (rivals.HEADS, "heads"),
+    units = {"sft": (chosen, "tokens"), "lora": (chosen, "tokens"), "pma": (chosen, "tokens"),
+             "cdpo-head": (rivals.HEADS, "heads"),
              "lora-dpo": (chosen + sum(len(r) - 1 for _, _, r in pairs), "tokens")}.get(what, (len(pairs), "pairs"))
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     given = "random tokens" if what in RANDOM else (

@@ -1,9 +1,9 @@
 """
 The settings of the reports themselves, as commands for one GPU: python -m studies.reproduce ID --scale gpu.
 
-Written, not run: no GPU was at hand. What the reports leave open (FORMULAS.md, section 11: beta, alpha, decay, lengths of runs) is ours
-and the usual. 001_... tuned Phi-2 and Qwen; here GPT-2 takes their place. Memory: for dialogues or pairs of 512 tokens in bfloat16,
-as studies.fits counted it (with LoRA, of rank 8); time: the FLOPs that dialogues of a mean length need, over SPEED.
+Written, not run: no GPU was at hand. What the reports leave open (beta, alpha, decay, lengths of runs) is ours and the usual. 001_...
+tuned Phi-2 and Qwen; here GPT-2 takes their place. Memory: for dialogues or pairs of 512 tokens in bfloat16, as studies.fits counted
+it (with LoRA, of rank 8); time: the FLOPs that dialogues of a mean length need, over SPEED.
 """
 import json
 import shlex
@@ -27,7 +27,8 @@ ROWS = {"hh-rlhf": 160_800, "hh-rlhf/harmless-base": 42_537, "hh-rlhf/helpful-ba
 SCRIPTS = {"train_sft.py": train_sft, "train_reward.py": train_reward, "train_dpo.py": train_dpo}
 
 PLAIN = "--schedule constant --weight-decay 0 --grad-clip 0"
-SFT = f"train_sft.py --init gpt2-medium --data hh-rlhf --half sft --loss-on all --optimizer adam --betas 0.9,0.99 --lr 1e-4 {PLAIN}"
+SFT = ("train_sft.py --init gpt2-medium --data hh-rlhf --half sft --loss-on all --optimizer adam --betas 0.9,0.99 --lr 1e-4 "
+       f"{PLAIN}")
 LARGE = f"{SFT} --micro-batch 8 --accumulate 128 --epochs 1 --eval-every 5 --out runs/gpu-sft"
 DPO = (f"train_dpo.py --init runs/gpu-sft --data hh-rlhf --half preference --lr 5e-6 --betas 0.9,0.999 --beta 0.1 {PLAIN} "
        "--micro-batch 4 --accumulate 512 --steps 300 --eval-every 5")
@@ -46,12 +47,13 @@ def by(command, names, accumulate, out, more=""):
 
 FOUR = ("adamw", "adamw-pma", "lion", "lion-pma", "adamw-noaccum")
 RECIPES = {
-    "000-fig1": [f"{SFT} --micro-batch 4 --epochs 1 --eval-every 1000 --log-every 1 --out runs/gpu-sft-4", f"{LARGE} --log-every 1"],
-    "000-table1": [LARGE, "eval_reward.py --models gpt2-medium,runs/gpu-sft --data hh-rlhf --limit 500 --temperatures 0.7 --top-p 0.95 "
-                          "--max-new-tokens 128 --judge deberta --out runs/gpu-table1"],
+    "000-fig1": [f"{SFT} --micro-batch 4 --epochs 1 --eval-every 1000 --log-every 1 --out runs/gpu-sft-4",
+                 f"{LARGE} --log-every 1"],
+    "000-table1": [LARGE, "eval_reward.py --models gpt2-medium,runs/gpu-sft --data hh-rlhf --limit 500 --temperatures 0.7 "
+                          "--top-p 0.95 --max-new-tokens 128 --judge deberta --out runs/gpu-table1"],
     "000-fig2-4": [LARGE] + [
-        f"train_sft.py --init runs/gpu-sft --data hh-rlhf --half sft --loss-on all --micro-batch 1 --steps 20000 --lr 1e-4 {PLAIN} "
-        f"--eval-every 500 {flags} --out runs/gpu-rank-{name}" for name, flags in (
+        "train_sft.py --init runs/gpu-sft --data hh-rlhf --half sft --loss-on all --micro-batch 1 --steps 20000 --lr 1e-4 "
+        f"{PLAIN} --eval-every 500 {flags} --out runs/gpu-rank-{name}" for name, flags in (
             ("full", ""), *((f"{r}-{b}", f"--lora-rank {r} --lora-bias {b}") for b, ranks in (
                 ("none", (1, 2, 8, 16)), ("all", (1, 2, 8, 16)), ("lora_only", (8,))) for r in ranks))],
     "000-fig5-6": [LARGE, f"{DPO} --log-every 1 --out runs/gpu-dpo"] + [
@@ -64,12 +66,14 @@ RECIPES = {
     "001-fig5": [LARGE] + by(HARMLESS, FOUR, 16, "epochs", "--epochs 3"),
     "001-fig6": [LARGE] + [one for k in (1, 4, 8, 16, 32, 64) for one in by(HARMLESS, ("adamw", "adamw-pma"), k, f"k{k}",
                                                                           "--epochs 1")],
-    "001-fig7": by(ALPACA.replace("gpt2-large", "gpt2-medium").replace("2e-6", "5e-6").replace("--micro-batch 4", "--micro-batch 2"),
+    "001-fig7": by(ALPACA.replace("gpt2-large", "gpt2-medium").replace("2e-6", "5e-6")
+                   .replace("--micro-batch 4", "--micro-batch 2"),
                    ("adamw", "adamw-pma", "adamw-noaccum"), 16, "variance", "--variance-every 200"),
     "001-fig8": by(ALPACA.replace("gpt2-large", "gpt2-xl"), ("adamw", "adamw-pma"), 8, "xl", "--dtype bfloat16"),
     "001-fig9": by(f"train_sft.py --init gpt2 --data wiki.txt --loss-on all --micro-batch 8 --steps 5000 --lr 6e-4 {PLAIN}",
                    ("adamw", "adamw-pma", "adamw-noaccum"), 8, "text"),
-    "001-fig10": [LARGE] + by(HARMLESS, ("adamw", "adamw-noaccum", "adamw-pma", "adamw-pma-schedule"), 16, "schedule", "--epochs 3"),
+    "001-fig10": [LARGE] + by(HARMLESS, ("adamw", "adamw-noaccum", "adamw-pma", "adamw-pma-schedule"), 16, "schedule",
+                              "--epochs 3"),
     "001-time": by(ALPACA, ("adamw", "adamw-pma"), 8, "time", "--steps 50"),
     "002-fig1-2": [f"{COURSE} --steps 80000 --eval-every 2000 --keep-every 2000 --out runs/gpu-course",
                    "eval_reward.py --models 'gpt2-medium,runs/gpu-course/step-*.pt' --prompts prompts.jsonl --judge deberta "
@@ -83,8 +87,9 @@ RECIPES = {
                    "--out runs/gpu-course-helpful"],
     "002-accumulation": [f"{COURSE} --accumulate {k} --steps {20000 // k} --eval-every {500 // k} --out runs/gpu-course-by-{k}"
                          for k in (1, 4)],
-    "002-dpo": [f"{COURSE} --steps 40000 --eval-every 1000 --out runs/gpu-course", "train_dpo.py --init runs/gpu-course --data hh-rlhf "
-                "--half preference --lr 1e-6 --beta 0.1 --micro-batch 4 --accumulate 16 --out runs/gpu-course-dpo"],
+    "002-dpo": [f"{COURSE} --steps 40000 --eval-every 1000 --out runs/gpu-course",
+                "train_dpo.py --init runs/gpu-course --data hh-rlhf --half preference --lr 1e-6 --beta 0.1 --micro-batch 4 "
+                "--accumulate 16 --out runs/gpu-course-dpo"],
 }
 
 

@@ -61,9 +61,10 @@ def table1(lab, n):
     below = [x < 0 for label in gain for x in gain[label]]
     below_own = [x < 0 for label in gain_own for x in gain_own[label]]
     return Found(
-        f"SFT on minihh's responses from a model trained on plain text, 2,400 dialogues once, micro-batches of 4; one rate for all "
-        f"({shared_lr:g}), and own rates ({', '.join(f'{a} {b:g}' for a, b in rates.items())})",
-        [Claim("PMA has the lower validation loss in three of four pairs (AdamW-8, Lion-4, Lion-8; not AdamW-4), one rate for all",
+        f"SFT on minihh's responses from a model trained on plain text, 2,400 dialogues once, micro-batches of 4; "
+        f"one rate for all ({shared_lr:g}), and own rates ({', '.join(f'{a} {b:g}' for a, b in rates.items())})",
+        [Claim("PMA has the lower validation loss in three of four pairs (AdamW-8, Lion-4, Lion-8; not AdamW-4), "
+               "one rate for all",
                f"lower in {sum(below)} of {len(below)} pairs of runs: {row(ends)}", holds(below, 0.9)),
          Claim("(fair) the same with a rate of its own for each",
                f"lower in {sum(below_own)} of {len(below_own)}: {row(ends_own)}", holds(below_own, 0.9)),
@@ -94,7 +95,8 @@ def speedup_at_one_rate(lab, n):
 
     def draw(path):
         figure, axes = plots.canvas(2, 2, height=6.5)
-        for axis, runs, key, title in ((axes[0], sft, "val_loss", "SFT, one rate"), (axes[1], dpo, "val_dpo_loss", "DPO, one rate")):
+        for axis, runs, key, title in ((axes[0], sft, "val_loss", "SFT, one rate"),
+                                       (axes[1], dpo, "val_dpo_loss", "DPO, one rate")):
             curves(axis, runs, "samples", key, colors={name: plots.COLORS[name.removesuffix("-8")] for name in runs})
             axis.set_title(f"{title}, below the baseline's best (y axis does not start at 0)", fontsize=9)
             plots.finish(axis, "examples seen (FLOPs: the same up to a constant)", "held-out loss")
@@ -112,12 +114,14 @@ def speedup_at_one_rate(lab, n):
             plots.finish(axis, "", "in examples, to equal loss")
         figure.savefig(path, dpi=110)
     return Found(
-        f"K = {K}, one rate for both, 2.25 times below the baseline's own (SFT: 2,400 dialogues from a model trained on plain text; "
-        f"DPO: 1,664 pairs from the demo's SFT model); own rates: results/optimizers, from scratch and longer",
+        f"K = {K}, one rate for both, 2.25 times below the baseline's own (SFT: 2,400 dialogues from a model trained on plain "
+        f"text; DPO: 1,664 pairs from the demo's SFT model); own rates: results/optimizers, from scratch and longer",
         [Claim(f"{pma} reaches the same {task} loss about 2 times as fast as {base}, in steps, samples and FLOPs",
                f"at one rate {spread(faster[task, pma])} in samples and FLOPs" +
                (f", {spread(updates[pma])} in updates (there are K times as many)" if task == "DPO" else "") +
-               f"; with own rates {spread(own[task.lower(), pma])} (n = 5 each)", two_verdicts(faster[task, pma], own[task.lower(), pma]))
+               f"; with own rates {spread(own[task.lower(), pma])} (n = 5 each)",
+               two_verdicts(faster[task, pma], own[task.lower(), pma]),
+               f"{spread(faster[task, pma])} at one rate, {spread(own[task.lower(), pma])} with own rates")
          for task in ("SFT", "DPO") for base, pma in (("adamw", "adamw-pma"), ("lion", "lion-pma"))],
         draw, numbers={"speedup": {" ".join(key): value for key, value in faster.items()}, "updates": updates,
                        "own": {" ".join(key): value for key, value in own.items()}, "dpo_rates": dpo_rates})
@@ -126,7 +130,8 @@ def speedup_at_one_rate(lab, n):
 def two_verdicts(at_one_rate, own):
     """A speedup is reproduced where it is there at one rate and with tuned rates, partly where only at one."""
     found = [verdict(values, 2) for values in (at_one_rate, own)]
-    return found[0] if found[0] == found[1] else "partly" if "reproduced" in found[0] or found[0] == "partly" else "not reproduced"
+    return (found[0] if found[0] == found[1] else
+            "partly" if "reproduced" in found[0] or found[0] == "partly" else "not reproduced")
 
 
 def optim_rate(lr, powers):
@@ -205,9 +210,10 @@ def dpo_curves(lab, n):
         figure, axes = plots.canvas(3, 2, height=6.5)
         for axis, (x, unit) in zip(axes, (("samples", "pairs seen"), ("updates", "updates"), ("flops", "FLOPs"))):
             curves(axis, groups, x, "val_reward_accuracy")
-            plots.finish(axis, unit, "held-out reward accuracy" if axis is axes[0] else "", legend=axis is axes[0], loc="lower right")
-        for axis, (x, unit) in zip(axes[3:], (("samples", "pairs seen"), ("updates", "updates"), ("seconds", "seconds, two runs at "
-                                                                                                         "a time"))):
+            plots.finish(axis, unit, "held-out reward accuracy" if axis is axes[0] else "",
+                         legend=axis is axes[0], loc="lower right")
+        for axis, (x, unit) in zip(axes[3:], (("samples", "pairs seen"), ("updates", "updates"),
+                                              ("seconds", "seconds, two runs at a time"))):
             curves(axis, groups, x, "val_dpo_loss")
             plots.finish(axis, unit, "held-out DPO loss" if axis is axes[3] else "", legend=False)
         for axis in (axes[1], axes[4]):
@@ -217,8 +223,8 @@ def dpo_curves(lab, n):
     return Found(
         "DPO on minihh, 6,656 pairs, K = 8, each method at its own rate; results/optimizers",
         [Claim("with PMA the accuracy is higher and comes sooner", "last accuracy " + ", ".join(
-            f"{name} {three(values)}" for name, values in accuracy.items()) + f"; AdamW-PMA less AdamW {mean_range(better)}, Lion-PMA "
-            f"less Lion {mean_range(better_lion)} (n = 5)", holds([x > 0.005 for x in better + better_lion], 0.9)),
+            f"{name} {three(values)}" for name, values in accuracy.items()) + f"; AdamW-PMA less AdamW {mean_range(better)}, "
+            f"Lion-PMA less Lion {mean_range(better_lion)} (n = 5)", holds([x > 0.005 for x in better + better_lion], 0.9)),
          Claim("PMA takes much less time to equal loss", "to 90 % of the way, in seconds: " + ", ".join(
              f"{name} {spread(values)}" for name, values in seconds.items()) + " (two runs at a time on the machine)",
              verdict(seconds["adamw-pma"], 2))],
@@ -243,7 +249,8 @@ def epochs(lab, n):
 
     def rise(runs):
         """How far the last loss is above the lowest."""
-        return [e[-1] - min(e) for e in ([x["val_dpo_loss"] for x in run["events"] if "val_dpo_loss" in x] for run in runs.values())]
+        return [e[-1] - min(e) for e in ([x["val_dpo_loss"] for x in run["events"] if "val_dpo_loss" in x]
+                                         for run in runs.values())]
     ends = {name: lasts(runs, "val_dpo_loss") for name, runs in {**own, "adamw-pma at AdamW's rate": shared}.items()}
     rises = {name: rise(runs) for name, runs in {**own, "adamw-pma at AdamW's rate": shared}.items()}
     less = [b - a for a, b in zip(ends["adamw"], ends["adamw-pma"])]
@@ -264,8 +271,9 @@ def epochs(lab, n):
         f"({', '.join(f'{name} {lr:g}' for name, lr in rates.items())})",
         [Claim("over several epochs PMA's loss keeps falling while AdamW's rises: it overfits less",
                "last loss " + ", ".join(f"{name} {three(values)}" for name, values in ends.items()) + "; rise above the lowest "
-               + ", ".join(f"{name} {three(values)}" for name, values in rises.items()) + f"; PMA less AdamW {mean_range(less)}, at one "
-               f"rate {mean_range(less_shared)}", holds([x < -0.005 for x in less_shared + less], 0.9))],
+               + ", ".join(f"{name} {three(values)}" for name, values in rises.items()) + f"; PMA less AdamW {mean_range(less)}, "
+               f"at one rate {mean_range(less_shared)}", holds([x < -0.005 for x in less_shared + less], 0.9),
+               f"last loss, PMA less AdamW: {mean_range(less)}, at one rate {mean_range(less_shared)}")],
         draw, numbers={"rates": rates, "last": ends, "rise": rises})
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,16 +313,18 @@ def periods(lab, n):
     return Found(
         "minihh, equal samples, both at their rates for K = 8, test; results/optimizers",
         [Claim("the speedup is none at K = 1, best at a K in between (16 and 2), and less beyond",
-               "; ".join(f"{task.upper()} " + ", ".join(f"K = {k}: {spread(found[task, k])}" for k in ks) for task in ("sft", "dpo"))
-               + f". Smallest near K = 8, where the rates were tuned; in DPO the highest median is at K = {peak}. At K = 1 the two are "
-               "one optimizer at two rates", holds(inner))], draw)
+               "; ".join(f"{task.upper()} " + ", ".join(f"K = {k}: {spread(found[task, k])}" for k in ks)
+                         for task in ("sft", "dpo"))
+               + f". Smallest near K = 8, where the rates were tuned; in DPO the highest median is at K = {peak}. "
+               "At K = 1 the two are one optimizer at two rates", holds(inner))], draw)
 
 
 def variances(lab, n):
     """The variance of gradient, update and a period's displacement: probes of SFT runs here, and those of results/optimizers."""
     names = ("adamw", "adamw-pma", "adamw-noaccum")
     rates = {f"{name}-8": min(grid, key=grid.get) for name in names for grid in [SFT.grid(lab, f"{name}-8")]}
-    which = SFT._replace(name="001-fig7", methods={label: (0, [*SFT.methods[label][1], "--variance-every", 25]) for label in rates})
+    which = SFT._replace(name="001-fig7", methods={label: (0, [*SFT.methods[label][1], "--variance-every", 25])
+                                                   for label in rates})
     keys = ("update_variance", "displacement_variance_relative")
     probes = {("SFT here", label.removesuffix("-8")): [run["events"] for run in runs.values()]
               for label, runs in which.at(lab, rates, n).items()}
@@ -344,11 +354,13 @@ def variances(lab, n):
     return Found(
         "last block, 8 draws a probe; an update of accumulation takes K = 8 micro-batches, one of PMA a single one; own rates",
         [Claim("the variance of PMA's update is orders of magnitude lower",
-               f"of one update, AdamW's = 1: {text(keys[0], 'adamw-pma', 3)}. By construction: a new gradient weighs 1 / K in PMA's "
-               "update", verdict(one, 0.1)),
+               f"of one update, AdamW's = 1: {text(keys[0], 'adamw-pma', 3)}. "
+               "By construction: a new gradient weighs 1 / K in PMA's update", verdict(one, 0.1),
+               f"{spread(one, 3)} of AdamW's, by construction"),
          Claim("(the fair measure) of a whole period's way, relative to its size",
-               f"AdamW's = 1: {text(keys[1], 'adamw-pma', 2)}; adamw-noaccum: {text(keys[1], 'adamw-noaccum', 2)}. It does not make "
-               "PMA faster (001-fig1)", verdict(whole, 0.1))],
+               f"AdamW's = 1: {text(keys[1], 'adamw-pma', 2)}; adamw-noaccum: {text(keys[1], 'adamw-noaccum', 2)}. "
+               "It does not make PMA faster (001-fig1)", verdict(whole, 0.1),
+               f"{spread(whole)} of AdamW's")],
         draw, ("results/optimizers/sft/compare-variance.png", "results/optimizers/dpo/compare-variance.png"),
         {key: {" ".join(at): values for at, values in found[key].items()} for key in keys})
 
@@ -366,7 +378,8 @@ def half(lab, n):
     shared = HALF.at(lab, dict.fromkeys(HALF.methods, optim_rate(rates["adamw"], -2)), n)
     less, less_own = (differences(groups["adamw-pma"], groups["adamw"], "val_loss") for groups in (shared, own))
     plain = SFT.at(lab, {f"{name}-8": lr for name, lr in rates.items()}, n)
-    apart = [abs(a - b) for name in HALF.methods for a, b in zip(lasts(own[name], "val_loss"), lasts(plain[f"{name}-8"], "val_loss"))]
+    apart = [abs(a - b) for name in HALF.methods
+             for a, b in zip(lasts(own[name], "val_loss"), lasts(plain[f"{name}-8"], "val_loss"))]
 
     def draw(path):
         figure, axes = plots.canvas(2)
@@ -377,9 +390,9 @@ def half(lab, n):
         figure.savefig(path, dpi=110)
     return Found(
         "a 7B model does not fit here. In its place bfloat16 autocast on SFT as in 001-table1, K = 8, rates of fp32",
-        [Claim("at 7B in bfloat16 AdamW-PMA has a much lower loss throughout", f"7B: not testable here. 0.7 M in bfloat16: PMA less "
-               f"AdamW {mean_range(less)} at one rate, {mean_range(less_own)} with own rates; bfloat16 ends within {max(apart):.3f} of "
-               "fp32", "not testable here")],
+        [Claim("at 7B in bfloat16 AdamW-PMA has a much lower loss throughout",
+               f"7B: not testable here. 0.7 M in bfloat16: PMA less AdamW {mean_range(less)} at one rate, "
+               f"{mean_range(less_own)} with own rates; bfloat16 ends within {max(apart):.3f} of fp32", "not testable here")],
         draw, numbers={"rates": rates, "less": less, "less_own": less_own})
 
 
@@ -392,10 +405,12 @@ def overhead(lab, n):
     ratio = {pma: [sum(b["seconds"]) / sum(a["seconds"]) for a, b in zip(sides[base], sides[pma])]
              for base, pma in (("adamw", "adamw-pma"), ("lion", "lion-pma"))}
     return Found(
-        "SFT, gpt2's shape, fp32, a step of 8 micro-batches of one dialogue of 1,024 tokens, 2 cores (python -m studies.bench pma)",
+        "SFT, gpt2's shape, fp32, a step of 8 micro-batches of one dialogue of 1,024 tokens, 2 cores "
+        "(python -m studies.bench pma)",
         [Claim("PMA takes about 2 % more time", "AdamW-PMA takes " + ", Lion-PMA ".join(
             f"{three(values)}" for values in ratio.values()) + f" times as long (n = {len(ratio['adamw-pma'])} rounds)",
-               "reproduced" if statistics.median(ratio["adamw-pma"]) < 1.04 else "not reproduced")])
+               "reproduced" if statistics.median(ratio["adamw-pma"]) < 1.04 else "not reproduced",
+               f"{three(ratio['adamw-pma'])} times as long")])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figure 9: pre-training on plain text; figure 10: the schedule alone
@@ -418,16 +433,18 @@ def pretraining(lab, n):
     def draw(path):
         figure, (axis,) = plots.canvas()
         curves(axis, own, "samples", "val_loss")
-        curves(axis, {"adamw-pma at AdamW's rate": shared}, "samples", "val_loss", colors={"adamw-pma at AdamW's rate": "#f4a6a0"})
+        curves(axis, {"adamw-pma at AdamW's rate": shared}, "samples", "val_loss",
+               colors={"adamw-pma at AdamW's rate": "#f4a6a0"})
         axis.set_title("from random weights on plain text", fontsize=10)
         plots.finish(axis, "blocks of 512 tokens seen", "held-out loss, nats a token")
         figure.savefig(path, dpi=110)
     return Found(
         f"random weights, minihh's dialogues as plain text, 80 steps of {K} blocks of 512 tokens, own rates "
         f"({', '.join(f'{name} {lr:g}' for name, lr in rates.items())})",
-        [Claim("in pre-training PMA is slower than AdamW", "last loss " + ", ".join(f"{name} {three(values)}" for name, values in
-               ends.items()) + f"; PMA less AdamW {mean_range(lose)} (at one rate {mean_range(lose_shared)}), speedup {spread(faster)}",
-               holds([x > 0.005 for x in lose]))],
+        [Claim("in pre-training PMA is slower than AdamW",
+               "last loss " + ", ".join(f"{name} {three(values)}" for name, values in ends.items())
+               + f"; PMA less AdamW {mean_range(lose)} (at one rate {mean_range(lose_shared)}), speedup {spread(faster)}",
+               holds([x > 0.005 for x in lose]), f"last loss, PMA less AdamW: {mean_range(lose)}")],
         draw, numbers={"rates": rates, "last": ends, "speedup": faster})
 
 
@@ -442,7 +459,8 @@ def schedule_ablation(lab, n):
 
     def draw(path):
         figure, axes = plots.canvas(2)
-        for axis, groups, title in ((axes[0], shared, f"all at {rates['adamw-noaccum']:g}"), (axes[1], own, "each at its own rate")):
+        for axis, groups, title in ((axes[0], shared, f"all at {rates['adamw-noaccum']:g}"),
+                                    (axes[1], own, "each at its own rate")):
             curves(axis, groups, "samples", which.loss)
             axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
             plots.finish(axis, "pairs seen", "held-out DPO loss")
@@ -450,8 +468,9 @@ def schedule_ablation(lab, n):
     return Found(
         f"DPO on minihh, {K} micro-batches of 4 pairs a step, 52 steps; AdamW at every micro-batch, without and with "
         "lr_t = lr / (tau + 1), our reading of a schedule that the report does not state",
-        [Claim("the schedule alone slows AdamW down", f"at one rate {spread(faster['adamw-pma-schedule'])} times as fast; with own "
-               f"rates {spread(faster_own['adamw-pma-schedule'])}, last losses " + ", ".join(
+        [Claim("the schedule alone slows AdamW down",
+               f"at one rate {spread(faster['adamw-pma-schedule'])} times as fast; "
+               f"with own rates {spread(faster_own['adamw-pma-schedule'])}, last losses " + ", ".join(
                    f"{name} {three(values)}" for name, values in ends.items()),
                "reproduced" if max(faster["adamw-pma-schedule"]) < 1 and max(faster_own["adamw-pma-schedule"]) < 1
                else "partly" if max(faster["adamw-pma-schedule"]) < 1 else "not reproduced")],
@@ -483,13 +502,16 @@ def theory(lab, n):
         figure.savefig(path, dpi=110)
     return Found(
         "optim.AdamWPMA itself, betas (.9, .95), a constant gradient of 1",
-        [Claim("theorems assume sqrt(1 - b2^t) / (1 - b1^t) <= 1", f"{first:.2f} at t = 1 with the report's betas ({default:.2f} with "
-               f"(.9, .99)); above 1 until t = {next(t for t, x in enumerate(ratio, 1) if x <= 1)}", "not reproduced"),
-         Claim("theorem 1: average regret O(1 / sqrt(T))", "its last step takes a sum over T and d of sqrt(v), times D^2 (K - 1), for "
-               "one term: with the sum the bound is O(T) for K > 1, and says nothing of the average. Read, not measured",
+        [Claim("theorems assume sqrt(1 - b2^t) / (1 - b1^t) <= 1",
+               f"{first:.2f} at t = 1 with the report's betas ({default:.2f} with (.9, .99)); "
+               f"above 1 until t = {next(t for t, x in enumerate(ratio, 1) if x <= 1)}", "not reproduced"),
+         Claim("theorem 1: average regret O(1 / sqrt(T))",
+               "its last step takes a sum over T and d of sqrt(v), times D^2 (K - 1), for one term: "
+               "with the sum the bound is O(T) for K > 1, and says nothing of the average. Read, not measured",
                "not reproduced"),
-         Claim("theorem 2: the way between two large steps goes to 0", f"a constant gradient moves {moved[16][-1]:.1f} lr a period at "
-               f"K = 16 for ever ({moved[8][-1]:.1f} at 8, {moved[4][-1]:.1f} at 4, {moved[1][-1]:.1f} at 1)",
+         Claim("theorem 2: the way between two large steps goes to 0",
+               f"a constant gradient moves {moved[16][-1]:.1f} lr a period at K = 16 for ever "
+               f"({moved[8][-1]:.1f} at 8, {moved[4][-1]:.1f} at 4, {moved[1][-1]:.1f} at 1)",
                holds([moved[16][-1] < moved[16][1] / 2]))],
         draw, numbers={"moved": moved})
 

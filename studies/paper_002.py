@@ -59,7 +59,8 @@ def long_runs(lab, n, which):
 def draw_long(groups, path):
     figure, axes = plots.canvas(3)
     for label, style in zip(groups, ("-", "--")):
-        for key, color, what in (("train_eval_loss", plots.CHOSEN, "training, 200"), ("val_loss", plots.HELD_OUT, "held out, 520")):
+        for key, color, what in (("train_eval_loss", plots.CHOSEN, "training, 200"),
+                                 ("val_loss", plots.HELD_OUT, "held out, 520")):
             runs = [run for run, _ in groups[label].values()]
             points = [[(e["step"], e[key]) for e in run["events"] if key in e] for run in runs]
             steps = [step for step, _ in points[0]]
@@ -99,11 +100,13 @@ def long_training(lab, n):
         "trained on plain text; reward model as in 000-table1",
         [Claim("the loss converges and begins to overfit after three quarters of the run",
                f"the last held-out loss is {three(rises)} above the lowest, and {three(gaps)} above the training loss",
-               holds([x > 0.01 for x in rises])),
+               holds([x > 0.01 for x in rises]), f"the last held-out loss is {three(rises)} above the lowest"),
          Claim("the reward score fluctuates and falls in the second half",
-               f"it rises from {three(list(first.values()))} to {three(list(best.values()))} and ends {three(drops)} below its best",
+               f"it rises from {three(list(first.values()))} to {three(list(best.values()))} "
+               f"and ends {three(drops)} below its best",
                holds([x > 0.05 for x in drops])),
-         Claim("the tuned model answers better than the original", f"reward, sampled: {mean_range([last[s] - first[s] for s in found])}",
+         Claim("the tuned model answers better than the original",
+               f"reward, sampled: {mean_range([last[s] - first[s] for s in found])}",
                holds([last[s] > first[s] for s in found]))],
         lambda path: draw_long(groups, path), numbers={"rate": lr, "rises": rises, "drops": drops})
 
@@ -113,17 +116,21 @@ def helpful_only(lab, n):
     lr, groups = long_runs(lab, n, ("all data", "helpful only"))
     rises = {label: [turns(run)[2] for run, _ in found.values()] for label, found in groups.items()}
     early = [turns(run)[0] / turns(run)[1] for run, _ in groups["helpful only"].values()]
-    last = {label: [list(judged.values())[-1]["reward, sampled"] for _, judged in found.values()] for label, found in groups.items()}
-    right = {label: [list(judged.values())[-1]["right, sampled"] for _, judged in found.values()] for label, found in groups.items()}
+    last = {label: [list(judged.values())[-1]["reward, sampled"] for _, judged in found.values()]
+            for label, found in groups.items()}
+    right = {label: [list(judged.values())[-1]["right, sampled"] for _, judged in found.values()]
+             for label, found in groups.items()}
     less = [b - a for a, b in zip(last["all data"], last["helpful only"])]
     return Found(
-        f"as 002-fig1, on a quarter of minihh's dialogues, without refusals, as many steps (four epochs), AdamW at {lr:g}; both are "
-        "judged on all test prompts, a tenth of which ask for harm",
+        f"as 002-fig1, on a quarter of minihh's dialogues, without refusals, as many steps (four epochs), AdamW at {lr:g}; "
+        "both are judged on all test prompts, a tenth of which ask for harm",
         [Claim("on the helpful data alone the model quickly overfits",
-               f"the lowest held-out loss comes at {spread(early)} of the run, the last is {three(rises['helpful only'])} above it "
-               f"(all data: {three(rises['all data'])})", holds([x > 0.01 for x in rises["helpful only"]])),
+               f"the lowest held-out loss comes at {spread(early)} of the run, "
+               f"the last is {three(rises['helpful only'])} above it (all data: {three(rises['all data'])})",
+               holds([x > 0.01 for x in rises["helpful only"]])),
          Claim("its answers are not much worse than those of the model tuned on all data",
-               f"reward, sampled, {mean_range(less)}; right answers {three(right['helpful only'])} against {three(right['all data'])}",
+               f"reward, sampled, {mean_range(less)}; "
+               f"right answers {three(right['helpful only'])} against {three(right['all data'])}",
                holds([x > -0.05 for x in less]))],
         lambda path: draw_long(groups, path), numbers={"rate": lr, "rises": rises, "last": last, "right": right})
 
@@ -160,7 +167,8 @@ def divergence(lab, n):
 NAMES = {"adamw": -5, "adam": -5, "nesterov": 5, "momentum": 5, "sgd": 11}
 SHORT = [*LONG, "--steps", 400, "--eval-every", 40]
 FIVE = Comparison("002-fig3-4", "train_sft.py", [*SHORT, "--accumulate", 4],
-                  {name: (power, ["--optimizer", name]) for name, power in NAMES.items()}, text_start, tuning=["--eval-every", 400])
+                  {name: (power, ["--optimizer", name]) for name, power in NAMES.items()}, text_start,
+                  tuning=["--eval-every", 400])
 
 
 def optimizers(lab, n):
@@ -190,11 +198,12 @@ def optimizers(lab, n):
     return Found(
         "SFT on all tokens, 400 steps of 4 dialogues one at a time, from a model trained on plain text; AdamW's rate for all "
         f"({rates['adamw']:g}), and own rates ({', '.join(f'{name} {lr:g}' for name, lr in rates.items())})",
-        [Claim("Adam and AdamW are the same curve", f"last losses differ by {three(same)} (no weight decay here: then they are one "
-               "algorithm)", holds([x < 0.005 for x in same])),
+        [Claim("Adam and AdamW are the same curve",
+               f"last losses differ by {three(same)} (no weight decay here: then they are one algorithm)",
+               holds([x < 0.005 for x in same])),
          Claim("at one rate Adam(W) is fastest, Nesterov and momentum alike, plain SGD slowest",
-               f"last loss at one rate {row(ends)}", holds([statistics.median(ends["adamw"]) < statistics.median(ends["momentum"]),
-                                                            *order])),
+               f"last loss at one rate {row(ends)}",
+               holds([statistics.median(ends["adamw"]) < statistics.median(ends["momentum"]), *order])),
          Claim("(fair) the same with a rate of its own for each", f"last loss {row(ends_own)}",
                holds([a < b for name in ("nesterov", "momentum", "sgd") for a, b in zip(ends_own["adamw"], ends_own[name])])),
          Claim("memory: Adam(W) 13.52 GB, with momentum 11.23, SGD 8.41 at gpt2-medium",
@@ -227,8 +236,9 @@ def accumulation(lab, n):
         figure.savefig(path, dpi=110)
     return Found(
         f"SFT on all tokens, 1,600 dialogues, AdamW, own rates {one_rate:g} (1 a step) and {four_rates['adamw']:g} (4 a step)",
-        [Claim("accumulation of 4 seems no different from a batch of 1", f"at equal dialogues 4 a step ends {mean_range(less)} beside 1 "
-               f"a step, {spread(faster)} times as fast", holds([abs(x) < 0.02 for x in less]))],
+        [Claim("accumulation of 4 seems no different from a batch of 1",
+               f"at equal dialogues 4 a step ends {mean_range(less)} beside 1 a step, {spread(faster)} times as fast",
+               holds([abs(x) < 0.02 for x in less]))],
         draw, numbers={"rates": {"1": one_rate, "4": four_rates["adamw"]}, "less": less})
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,15 +257,17 @@ def lora(lab, n):
     peaks = {name: statistics.median(one["peak_bytes"] for one in side) / 1e9 for name, side in found.items()}
     saved = {r: peaks["full"] - peaks[f"rank {r}, bias none"] for r in (1, 2, 8, 16)}
     return Found(
-        "an SFT model goes on with the other half of minihh, own rates; results/ranks. Memory: gpt2-medium, fp32, one dialogue of "
-        "1,024 tokens",
+        "an SFT model goes on with the other half of minihh, own rates; results/ranks. "
+        "Memory: gpt2-medium, fp32, one dialogue of 1,024 tokens",
         [Claim("LoRA saves 3.6 to 3.75 GB of 11.77; the smaller the rank, the lower the memory",
                ", ".join(f"rank {r} saves {x:.2f} GB" for r, x in saved.items()) + f" of {peaks['full']:.2f}",
                holds([abs(saved[16] - 3.62) < 1, saved[1] >= saved[16]])),
          Claim("LoRA is underfitted: full tuning converges faster and further", "test loss above full's: " + ", ".join(
              f"{name} {mean_range(values)}" for name, values in less.items()), holds([x > 0 for v in less.values() for x in v])),
          Claim("and still its reward scores are better than full tuning's", "right answers less full's: " + ", ".join(
-             f"{name} {mean_range(values)}" for name, values in right.items()), holds([x > 0 for v in right.values() for x in v]))],
+             f"{name} {mean_range(values)}" for name, values in right.items()),
+             holds([x > 0 for v in right.values() for x in v]),
+             f"right answers, rank 16 less full: {mean_range(right['r16-none'])}")],
         pictures=("results/ranks/sft.png", "results/ranks/answers.png", "results/ranks/cost.png"))
 
 

@@ -82,13 +82,14 @@ def real(lab, n):
         axes[2].axhline(0.5, color="#8c8c8c", linestyle="--", linewidth=1)
         figure.savefig(path, dpi=110)
     return Found(
-        "0.7 M parameters, random weights, one pass over real dialogues as plain text, then SFT on 1,920 of them or DPO; the public "
-        "test files of harmless-base and helpful-rejection-sampled, split by first human turn; own rates "
+        "0.7 M parameters, random weights, one pass over real dialogues as plain text, then SFT on 1,920 of them or DPO; "
+        "the public test files of harmless-base and helpful-rejection-sampled, split by first human turn; own rates "
         f"({', '.join(f'{name} {lr:g}' for name, lr in rates.items())}); DPO at 1e-5, beta 0.1",
         [Claim("(001) PMA reaches the same SFT loss about 2 times as fast", f"own rates {spread(faster)}; last loss " + ", ".join(
             f"{name} {three(values)}" for name, values in ends.items()), verdict(faster, 2)),
-         Claim("(000) CDPO reaches the same accuracy in half of the time", f"no accuracy to reach: last {three(accuracy['DPO'])} (DPO), "
-               f"{three(accuracy['CDPO, gamma 1'])} (CDPO), CDPO less DPO {mean_range(less)}; to the highest that both reach "
-               f"{spread(sooner)}, KL there {spread(far)} times DPO's",
+         Claim("(000) CDPO reaches the same accuracy in half of the time",
+               f"no accuracy to reach: last {three(accuracy['DPO'])} (DPO), {three(accuracy['CDPO, gamma 1'])} (CDPO), "
+               f"CDPO less DPO {mean_range(less)}; to the highest that both reach {spread(sooner)}, "
+               f"KL there {spread(far)} times DPO's",
                verdict(sooner, 2) if holds([a > 0.55 for a in accuracy["DPO"]]) == "reproduced" else "not testable here")],
         draw, numbers={"rates": rates, "last": ends, "speedup": faster, "accuracy": accuracy})

@@ -28,7 +28,6 @@ from studies.lab import HERE
 from studies.trials import Bench, TimeUp, write_data
 
 RESULTS = "results/reproduce"
-MARKS = "<!-- claims -->\n", "<!-- /claims -->"
 
 
 class Item(NamedTuple):
@@ -95,16 +94,26 @@ def table(folder):
             found = json.loads(path.read_text())
             for i, claim in enumerate(found["claims"]):
                 pictures = ", ".join(f"[{Path(p).name}]({p})" for p in found["pictures"])
-                where = f"{found['setting']}. `{found['command']}` {pictures}" if not i else "as above"
+                where = f"{found['setting']}; n = {found['seeds']}. `{found['command']}` {pictures}" if not i else "as above"
                 lines.append(f"| {name} | {claim['says']} | {claim['found']} | **{claim['verdict']}** | {where} |")
     return "\n".join(lines) + "\n"
 
 
-def write_table(path, lines):
-    """Between the marks of RESULTS.md."""
-    text = path.read_text()
-    before, rest = text.split(MARKS[0])
-    write_atomically(path, (before + MARKS[0] + lines + MARKS[1] + rest.split(MARKS[1])[1]).encode())
+def short(folder):
+    """The headlines, for the README."""
+    lines = ["| | the report says | here: median [range] over seeds | verdict |", "| --- | --- | --- | --- |"]
+    for name in ITEMS:
+        path = folder / f"{name}.json"
+        claims = json.loads(path.read_text())["claims"] if path.exists() else []
+        lines += [f"| {name} | {c['says']} | {c['brief']} | **{c['verdict']}** |" for c in claims if c["brief"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_table(path, lines, marks):
+    """Between the marks of a page."""
+    begin, end = f"<!-- {marks} -->\n", f"<!-- /{marks} -->"
+    before, rest = path.read_text().split(begin)
+    write_atomically(path, (before + begin + lines + end + rest.split(end)[1]).encode())
 
 
 def listing(lab):
@@ -174,7 +183,8 @@ def main():
         save(lab, name, seeds, found)
         show(name, found)
     if options.results == RESULTS and (HERE / "RESULTS.md").exists():
-        write_table(HERE / "RESULTS.md", table(lab.file.parent))
+        write_table(HERE / "RESULTS.md", table(lab.file.parent), "claims")
+        write_table(HERE / "README.md", short(lab.file.parent), "claims in short")
 
 
 if __name__ == "__main__":

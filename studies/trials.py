@@ -38,6 +38,7 @@ class Claim(NamedTuple):
     says: str       # the report
     found: str      # figures here, with n
     verdict: str    # one of VERDICTS
+    brief: str = ""   # of a headline: the figure for the README
 
 
 class Found(NamedTuple):
@@ -83,8 +84,8 @@ class Bench(Lab):
         return self.found[name]
 
     def judged(self, name, models, judge):
-        """{model: {"right", "reward", each greedy and sampled}} of models, {label: checkpoint}, and {"own": {which: reward}}, by a
-        reward model's run, on minihh's test prompts; made once."""
+        """{model: {"right", "reward", each greedy and sampled}} of models, {label: checkpoint}, and {"own": {which: reward}}, by
+        a reward model's run, on minihh's test prompts; made once."""
         if name in self.found:
             return self.found[name]
         if self.stop.is_set():
@@ -111,8 +112,8 @@ class Bench(Lab):
 
 
 def write_data():
-    """minihh's splits as files under RUNS: pairs, and plain text (every dialogue with either response); and two parts of train: its
-    first 800 pairs, and a quarter of it without refusals."""
+    """minihh's splits as files under RUNS: pairs, and plain text (every dialogue with either response); and two parts of train:
+    its first 800 pairs, and a quarter of it without refusals."""
     found = {split: minihh.examples(split) for split in ("train", "valid", "test")}
     helpful = [e for e in found["train"] if e.skill != "refusal"]
     found |= {"few": found["train"][:800], "helpful": helpful[:len(found["train"]) // 4]}
@@ -144,7 +145,8 @@ def sft_start(lab, seed):
 
 
 def text_start(lab, seed):
-    """A model that was trained on plain text, every dialogue with its good and its bad response: what a pre-trained GPT-2 is here."""
+    """A model that was trained on plain text, every dialogue with its good and its bad response: what a pre-trained GPT-2 is
+    here."""
     return lab.trained(f"start/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files("valid", "txt"), "--loss-on", "all",
                        "--micro-batch", 4, "--epochs", 1, "--eval-every", 100, "--eval-samples", 60, "--eval-answers", 0,
                        "--lr", 4e-3, "--warmup", 20)
@@ -207,8 +209,8 @@ def lasts(runs, key):
 
 
 def speedups(runs, base, key="val_loss", x="samples", share=1.0):
-    """[cost of the baseline / cost of the method to equal loss, a seed], of {seed: run} and {seed: run}; None where one never gets
-    below its start."""
+    """[cost of the baseline / cost of the method to equal loss, a seed], of {seed: run} and {seed: run}; None where one never
+    gets below its start."""
     return [speedup(curve(base[seed]["events"], x, key), curve(runs[seed]["events"], x, key), share)[0] for seed in runs
             if seed in base]
 
@@ -248,9 +250,9 @@ def mean_range(values, digits=3):
 
 
 def verdict(values, claimed, none=1.0):
-    """Of a ratio (none = 1) or a difference (none = 0) that a report says is about `claimed`, a value a seed: reproduced where every
-    seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where every seed is on its
-    side and the median goes a tenth of the way, or where only the median goes half of it; else not."""
+    """Of a ratio (none = 1) or a difference (none = 0) that a report says is about `claimed`, a value a seed: reproduced where
+    every seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where every seed is on
+    its side and the median goes a tenth of the way, or where only the median goes half of it; else not."""
     def way(x):
         return math.log(x) / math.log(claimed) if none else x / claimed
     ways = [way(x) for x in values if x is not None]
@@ -275,8 +277,8 @@ def color(label, labels):
 
 def curves(axis, groups, x, y, colors=None):
     """Mean and range over seeds of {label: {seed: run}}'s evaluations."""
-    for label, runs in groups.items():
-        points = [[(e[x], e[y]) for e in run["events"] if y in e] for run in runs.values() if "diverged" not in run]
+    for label, by_seed in groups.items():
+        points = [[(e[x], e[y]) for e in run["events"] if y in e] for run in by_seed.values() if "diverged" not in run]
         if not points:
             continue
         length = min(map(len, points))

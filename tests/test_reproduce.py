@@ -1,0 +1,206 @@
+"""
+studies/reproduce.py and what it stands on: ratios, verdicts and tables by hand, the committed results held to the runs that they
+come from and RESULTS.md to them, the reports' own commands to the scripts' flags.
+
+    python -m pytest -q tests/test_reproduce.py
+"""
+import itertools
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plots
+import runs
+from studies import gpu, paper_001, reproduce, trials
+
+HERE = Path(__file__).parent.parent
+RESULTS = HERE / reproduce.RESULTS
+
+
+def run(costs, key="val_loss", **series):
+    """A run whose evaluations have these costs (samples) and numbers."""
+    return {"events": [{"samples": cost, "step": i, **{name: values[i] for name, values in series.items()}}
+                       for i, cost in enumerate(costs)]}
+
+# ---- numbers, by hand
+
+def test_speedups_by_hand():
+    """The baseline is at 1.0 after 100, the candidate after 50 (both on the straight line between evaluations)."""
+    slow = {1: run([0, 100], val_loss=[2.0, 1.0])}
+    fast = {1: run([0, 100], val_loss=[2.0, 0.0]), 2: run([0, 100], val_loss=[2.0, 0.0])}   # seed 2 has no partner
+    assert trials.speedups(fast, slow) == [2.0] and trials.speedups(slow, fast | slow) == [1.0]
+    stuck = {1: run([0, 100], val_loss=[2.0, 3.0])}
+    assert trials.speedups(stuck, slow) == [None]
+    assert trials.differences(fast, slow, "val_loss") == [-1.0]
+
+
+def test_accuracy_speedups_and_at_equal_by_hand():
+    """To 0.7: the baseline needs 40, the candidate 80. There the candidate's KL is 0.2 + (0.4 - 0.2) / 2 and the baseline's 0.1."""
+    base = {1: run([0, 40, 80], val_reward_accuracy=[0.5, 0.7, 0.7], val_full_kl=[0.0, 0.1, 0.9])}
+    other = {1: run([0, 60, 100], val_reward_accuracy=[0.5, 0.6, 0.8], val_full_kl=[0.0, 0.2, 0.4])}
+    assert trials.accuracy_speedups(other, base) == pytest.approx([0.5])
+    assert trials.at_equal(other, base, "val_full_kl") == pytest.approx([3.0])
+    flat = {1: run([0, 60], val_reward_accuracy=[0.5, 0.5], val_full_kl=[0.0, 0.1])}   # never above its start
+    assert trials.at_equal(flat, base, "val_full_kl") == [None]
+
+
+@pytest.mark.parametrize("values, claimed, none, expected", [
+    ([1.5, 1.6, 1.9], 2, 1, "reproduced"),          # median 1.6: log 1.6 / log 2 = 0.68
+    ([1.2, 1.3, 1.4], 2, 1, "partly"),              # all above 1, 0.38 of the way
+    ([1.01, 1.02, 1.03], 2, 1, "not reproduced"),   # all above 1, a 35th of the way
+    ([0.9, 1.6, 1.9], 2, 1, "partly"),              # one seed on the other side
+    ([0.9, 1.1, 1.2], 2, 1, "not reproduced"),
+    ([0.4, 0.5, 0.6], 0.5, 1, "reproduced"),        # a ratio below 1
+    ([1.4, 1.5], 0.5, 1, "not reproduced"),
+    ([0.2, 0.1], 0.18, 0, "reproduced"),            # a difference
+    ([-0.2, 0.1], 0.18, 0, "not reproduced"),
+    ([None, None], 2, 1, "not reproduced")])
+def test_verdicts_by_hand(values, claimed, none, expected):
+    assert trials.verdict(values, claimed, none) == expected
+
+
+def test_a_verdict_does_not_improve_as_the_figures_get_worse():
+    order = ["reproduced", "partly", "not reproduced"]
+    for a, b in itertools.combinations([0.5, 0.9, 1.05, 1.2, 1.45, 1.8, 2.5], 2):
+        for rest in ([1.3, 1.6], [0.8, 1.1], [2.0, 2.1]):
+            assert order.index(trials.verdict([a, *rest], 2)) >= order.index(trials.verdict([b, *rest], 2))
+
+
+def test_holds_by_hand():
+    assert [trials.holds(x) for x in ([1, 1], [1, 1, 0], [1, 0], [0])] == ["reproduced", "partly", "not reproduced", "not reproduced"]
+    assert trials.holds([True] * 9 + [False], 0.9) == "reproduced"
+    assert trials.mean_range([0.1, -0.1, 0.3]) == "+0.100 [-0.100, +0.300]"
+
+# ---- a comparison: rates from valid, figures from test
+
+class FakeLab:
+    """Answers as if every run of a method ended at its distance from the method's best rate."""
+    quick = False
+
+    def __init__(self, best):
+        self.best, self.asked = best, []
+
+    def made(self, name, script, *flags):
+        flags = list(map(str, flags))
+        value = {flag: flags[flags.index(flag) + 1] for flag in ("--lr", "--seed", "--data", "--optimizer")}
+        self.asked.append((name, value))
+        loss = abs(math.log(float(value["--lr"]) / self.best[value["--optimizer"]])) + 0.01 * int(value["--seed"])
+        return run([0, 1], val_loss=[9.0, loss])
+
+    def map(self, function, jobs):
+        return [function(*job) for job in jobs]
+
+
+def test_every_method_gets_the_rate_that_is_best_on_valid_and_is_read_on_test():
+    comparison = trials.Comparison("x", "train_sft.py", ["--flag", 1], {
+        "a": (0, ["--optimizer", "adamw"]), "b, two": (-4, ["--optimizer", "lion"])}, tuning=["--short", 1])
+    lab = FakeLab({"adamw": 0.003, "lion": 0.000593})   # lattice: powers 0 and -4
+    rates, found = comparison.own(lab, 2)
+    assert rates == {"a": 0.003, "b, two": 0.000593}
+    assert {label: sorted(seeds) for label, seeds in found.items()} == {"a": [1, 2], "b, two": [1, 2]}
+    assert trials.lasts(found["a"], "val_loss") == pytest.approx([0.01, 0.02])
+    for name, value in lab.asked:
+        split = name.split("/")[1]
+        assert value["--data"] == f"runs/reproduce/train.jsonl,runs/reproduce/{split}.jsonl"
+        assert split == "test" or value["--seed"] == "1"   # one seed tunes
+    tried = [sorted(float(value["--lr"]) for name, value in lab.asked if f"/valid/{slug}-" in name) for slug in ("a", "b-two")]
+    assert len(tried[0]) == len(tried[1]) == 5   # the same budget, and no coarser than 1.5 around the best
+    assert all(b / a == pytest.approx(1.5, rel=0.01) for rates in tried for a, b in zip(rates, rates[1:]))
+
+# ---- theory, from other sides
+
+def test_what_a_constant_gradient_moves():
+    """With a gradient of 1 both corrected moments are 1 at the end of a period and the step at tau is about lr / sqrt(tau + 1)
+    (FORMULAS.md, section 7); K = 1 is torch's AdamW."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    oracle = torch.optim.AdamW([weight], lr=1e-3, betas=paper_001.BETAS, weight_decay=0)
+    for _ in range(5):
+        weight.grad = torch.ones_like(weight)
+        oracle.step()
+    assert sum(paper_001.periods_moved(1, 5)) == pytest.approx(-weight.item() / 1e-3, rel=1e-6)
+    for k in (4, 16):
+        steps = sum(j ** -0.5 for j in range(1, k + 1))
+        assert paper_001.periods_moved(k, 40)[-1] == pytest.approx(steps, rel=0.1)
+        assert paper_001.periods_moved(k, 40)[-1] > paper_001.periods_moved(k, 40)[2] * 0.9   # it does not go to 0
+
+# ---- the reports' own commands
+
+def test_every_gpu_command_names_flags_that_its_script_has():
+    for name, commands in gpu.RECIPES.items():
+        assert name in reproduce.ITEMS
+        for command in commands:
+            script, *words = shlex.split(command)
+            assert (HERE / script).is_file()
+            module = __import__(script.removesuffix(".py"))
+            assert runs.parse(module.Config, words).out.startswith("runs/gpu-")
+    without = set(reproduce.ITEMS) - set(gpu.RECIPES)
+    assert without == {"001-fig2", "001-theory", "real"}
+
+
+def test_estimates_by_hand():
+    """DPO of gpt2-medium, 300 steps of 2,048 pairs of 140 + 64 + 64 tokens: 6 (302 M matrices x 268 + 51 M head x 128) FLOPs each
+    and attention's; and a batch of 1 is bound by the number of passes."""
+    peak, seconds = gpu.estimate(gpu.RECIPES["000-fig5-6"][1])
+    products = 6 * (302e6 * 268 + 51.5e6 * 128)
+    assert seconds == pytest.approx(300 * 2048 * products / gpu.SPEED, rel=0.1) or seconds == 300 * 512 * gpu.LATENCY
+    assert 6e9 < peak < 16e9
+    _, seconds = gpu.estimate(gpu.RECIPES["002-fig1-2"][0])
+    assert seconds == 80_000 * gpu.LATENCY
+    assert gpu.estimate(gpu.RECIPES["000-table1"][1]) is None   # no training
+
+# ---- what is committed
+
+def test_a_table_by_hand(tmp_path):
+    (tmp_path / "000-fig1.json").write_text(json.dumps({
+        "setting": "here", "seeds": 3, "command": "python -m x", "pictures": ["results/a.png"],
+        "claims": [{"says": "a", "found": "1.0", "verdict": "partly", "brief": ""},
+                   {"says": "b", "found": "2", "verdict": "partly", "brief": "two"}]}))
+    lines = reproduce.table(tmp_path).splitlines()
+    assert lines[2] == "| 000-fig1 | a | 1.0 | **partly** | here; n = 3. `python -m x` [a.png](results/a.png) |"
+    assert lines[3] == "| 000-fig1 | b | 2 | **partly** | as above |"
+    assert reproduce.short(tmp_path).splitlines()[2:] == ["| 000-fig1 | b | two | **partly** |"]
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- claims -->\nold\n<!-- /claims -->\nbelow\n")
+    reproduce.write_table(page, "new\n", "claims")
+    assert page.read_text() == "above\n<!-- claims -->\nnew\n<!-- /claims -->\nbelow\n"
+
+
+@pytest.mark.parametrize("name", reproduce.ITEMS)
+def test_committed_results_follow_from_the_committed_runs(name, tmp_path):
+    """Every item is there, with claims, verdicts and pictures, and is what the kept runs say: nothing is trained here."""
+    kept = json.loads((RESULTS / f"{name}.json").read_text())
+    lab = trials.Bench(reproduce.RESULTS)
+    lab.stop.set()
+    found = reproduce.ITEMS[name].work(lab, reproduce.ITEMS[name].seeds)
+    assert [c._asdict() for c in found.claims] == kept["claims"] and found.setting == kept["setting"]
+    assert all(claim.verdict in trials.VERDICTS for claim in found.claims)
+    assert all((HERE / path).is_file() for path in kept["pictures"])
+    assert kept["seeds"] == reproduce.ITEMS[name].seeds
+
+
+def test_results_md_and_readme_show_what_is_committed():
+    assert reproduce.table(RESULTS) in (HERE / "RESULTS.md").read_text()
+    assert reproduce.short(RESULTS) in (HERE / "README.md").read_text()
+
+# ---- the program
+
+def test_program(tmp_path):
+    def called(*words):
+        done = subprocess.run([sys.executable, "-m", "studies.reproduce", *words], cwd=HERE, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    status, out, _ = called("--list")
+    assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in reproduce.ITEMS)
+    status, out, error = called("000-fig9")
+    assert status == 2 and not out and error.startswith("error: no item '000-fig9': expected all or 000-fig1") and error.count("\n") == 1
+    status, _, error = called("001-theory", "--minutes", "0")
+    assert status == 2 and error == "error: --minutes: expected a number above 0, found 0.0\n"
+    status, out, _ = called("001-theory", "--results", str(tmp_path))
+    assert status == 0 and "2.24 at t = 1" in out and (tmp_path / "001-theory.png").is_file()
+    assert plots.rows(tmp_path, [(tmp_path / "001-theory.json").read_bytes()])[0]["seeds"] == 1
