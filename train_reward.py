@@ -12,7 +12,7 @@ that. Only differences are learned; in best.pt the mean reward of chosen trainin
 overfits.
 
 By default the head reads one number more, the response's log-probability to this very model: r = w h + a log pi(y|x). That is
-ours and not the textbook's; our tiny model needs it to tell right from wrong (the README has figures).
+ours and not the textbook's; our tiny model needs it to tell right from wrong (RESULTS.md has figures).
 The calibration on training pairs is in-sample: an SFT run has seen their labels.
 
 On several processes: torchrun --standalone --nproc-per-node N (parallel.py).

@@ -119,7 +119,7 @@ def generation(name, device, rounds, new=128):
 
 
 def generation_table(found):
-    """What generation() found, as text for a terminal or a README."""
+    """What generation() found, as text for a terminal and RESULTS.md."""
     speeds, lengths = [speed / 1e9 for speed in found["memory"]], found["prompts"]
     lines = [f"{found['machine']}, {found['threads']} threads, {found['model']}: {len(lengths)} prompts of {min(lengths)} to "
              f"{max(lengths)} tokens, {found['new']} new ones each, {len(speeds)} rounds. The memory",

@@ -140,7 +140,7 @@ def spread(values, digits=2):
 
 
 def as_text(table, x="samples"):
-    """The table for a terminal or a README, a row a label; every entry is a median and a range over seeds."""
+    """The table for a terminal or a report, a row a label; every entry is a median and a range over seeds."""
     base = table["baseline"]
     lines = [f"| | n | last held-out loss | lowest | speedup over {base} in {x}, to the lowest loss that both reach | to 90 % of "
              "the way there | never reaches the other's lowest |", "| --- | --- | --- | --- | --- | --- | --- |"]

@@ -1,7 +1,7 @@
 """
 What fits on a card: computed, not measured (plan.py).
 
-    python -m studies.fits --out results/bench/fits.json     # ten minutes; prints the table, which the README shows
+    python -m studies.fits --out results/bench/fits.json     # ten minutes; prints the table, which RESULTS.md shows
 
 The largest micro-batch, a power of two up to 64, of pairs of 512 tokens: more than 94 in 100 pairs of HH-RLHF's harmless-base
 have. Training on a GPU in bfloat16 autocast with AdamW, the reference cached; autocast's copies of the weights are counted. Two

@@ -49,8 +49,8 @@ def test_every_optimizer_steps_every_round(monkeypatch):
     assert all(sorted(names) == ["adamw", "adamw-pma", "agma", "lion", "lion-pma"] for names in rounds) and len(set(rounds)) > 1
 
 
-def test_the_readme_has_the_measured_tables():
-    readme = (HERE / "README.md").read_text()
+def test_the_results_have_the_measured_tables():
+    results = (HERE / "RESULTS.md").read_text()
     files = {"generate": "results/generate.json", "plan": "results/bench/plan.json", "lora": "results/ranks/cost-gpt2.json",
              "lora-dpo": "results/ranks/cost-dpo-gpt2-medium.json",
              **{what: f"results/bench/{what}.json" for what in ("dpo", "dpo-lora", "sft", "cdpo", "cdpo-head", "checkpointing")}}
@@ -58,12 +58,12 @@ def test_the_readme_has_the_measured_tables():
         found = json.loads((HERE / path).read_text())
         text = (bench.generation_table(found) if what == "generate" else bench.planned_table(found["rows"]) if what == "plan" else
                 bench.against_table(what, found["found"], found["units"]))
-        assert text in readme, what
+        assert text in results, what
     found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
     peaks = [statistics.median(one["peak_bytes"] for one in found[name]) for name in (
         "full", *(f"rank {rank}, bias none" for rank in (1, 2, 8, 16)))]
     cells = " | ".join([f"{peaks[0] / 1e9:.2f}", *(f"{peak / 1e9:.2f} ({peak / peaks[0]:.2f})" for peak in peaks[1:])])
-    assert f"| {cells} |\n| 002_..., table 2 |" in readme
+    assert f"| {cells} |\n| 002_..., table 2 |" in results
 
 
 # ---- generation
@@ -88,8 +88,9 @@ def test_generation_counts_what_was_made_and_what_must_be_read(monkeypatch, tmp_
     assert "| transformers, tokens/s | 40.0 [40.0, 40.0] |" in bench.generation_table(found)
 
 
-def test_every_table_of_the_readme_has_as_many_cells_as_its_header():
-    lines = (HERE / "README.md").read_text().splitlines()
+@pytest.mark.parametrize("text", ["README.md", "RESULTS.md"])
+def test_every_table_has_as_many_cells_as_its_header(text):
+    lines = (HERE / text).read_text().splitlines()
     for i, line in enumerate(lines):
         if re.fullmatch(r"\|( --- \|)+", line):
             for row in [lines[i - 1], *itertools.takewhile(lambda row: row.startswith("|"), lines[i + 1:])]:

@@ -120,7 +120,7 @@ def test_report_by_hand(lab, monkeypatch, capsys, drawn):
             "0.200 [0.100, 0.400] | 0.250 [0.250, 0.250] |") in text
 
 
-def test_the_readme_has_the_measured_tables():
-    readme, lab = (HERE / "README.md").read_text(), study.new_lab("results/seeds")
+def test_the_results_have_the_measured_tables():
+    results, lab = (HERE / "RESULTS.md").read_text(), study.new_lab("results/seeds")
     for part in (study.answers, study.judges, study.distances, study.heads):
-        assert "\n".join(part(lab)) in readme, part.__name__
+        assert "\n".join(part(lab)) in results, part.__name__
