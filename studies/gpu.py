@@ -1,9 +1,9 @@
 """
 The settings of the reports themselves, as commands for one GPU: python -m studies.reproduce ID --scale gpu.
 
-Written, not run: no GPU was at hand. What the reports leave open (beta, alpha, decay, lengths of runs) is ours and the usual. 001_...
-tuned Phi-2 and Qwen; here GPT-2 takes their place. Memory: for dialogues or pairs of 512 tokens in bfloat16, as studies.fits counted
-it (with LoRA, of rank 8); time: the FLOPs that dialogues of a mean length need, over SPEED.
+Written, not run: no GPU was at hand. What the reports leave open (beta, alpha, decay, lengths of runs) is ours and the usual.
+001_... tuned Phi-2 and Qwen; here GPT-2 takes their place. Memory: for dialogues or pairs of 512 tokens in bfloat16, as
+studies.fits counted it (with LoRA, of rank 8); time: the FLOPs that dialogues of a mean length need, over SPEED.
 """
 import json
 import shlex
