@@ -46,7 +46,7 @@ ITEMS = {
     "001-fig1": Item(paper_001.speedup_at_one_rate, "PMA's speedup at one rate and at own rates (figures 1, 11, 12)", 5, 12),
     "001-fig2": Item(paper_001.schedule, "dynamic beta and learning rate, read off the optimizer", 1, 0),
     "001-table1": Item(paper_001.table1, "validation loss by optimizer and K, one pass of SFT", 3, 20),
-    "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (3, 4, 13, 14; from results/optimizers)", 5, 0),
+    "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (figures 3, 4, 13, 14)", 5, 0),
     "001-fig5": Item(paper_001.epochs, "several epochs of DPO, overfitting", 3, 6),
     "001-fig6": Item(paper_001.periods, "sensitivity to K (6, 15, 16; from results/optimizers)", 3, 0),
     "001-fig7": Item(paper_001.variances, "variance of update and period", 3, 6),
