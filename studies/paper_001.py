@@ -232,8 +232,8 @@ def dpo_curves(lab, n):
             two_verdicts([math.exp(x) for pma in better for x in better[pma][0]],
                          [math.exp(x) for pma in better for x in better[pma][1]], math.exp(0.05))),
          Claim("PMA takes much less time to equal loss", "; ".join(
-             f"{pma} {spread(seconds[pma][0])} times as fast in seconds at one rate, {spread(seconds[pma][1])} with own rates (to "
-             "90 % of the way)" for pma in seconds) + "; two runs at a time on the machine",
+             f"{pma} {spread(seconds[pma][0])} times as fast at one rate, {spread(seconds[pma][1])} with own rates (to "
+             "90 % of the way)" for pma in seconds) + "; in seconds, two runs at a time",
              two_verdicts(seconds["adamw-pma"][0], seconds["adamw-pma"][1]))],
         draw)
 

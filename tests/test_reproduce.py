@@ -9,14 +9,12 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import plots
 import runs
 from studies import gpu, paper_001, reproduce, trials
 
@@ -24,7 +22,7 @@ HERE = Path(__file__).parent.parent
 RESULTS = HERE / reproduce.RESULTS
 
 
-def run(costs, key="val_loss", **series):
+def run(costs, **series):
     """A run whose evaluations have these costs (samples) and numbers."""
     return {"events": [{"samples": cost, "step": i, **{name: values[i] for name, values in series.items()}}
                        for i, cost in enumerate(costs)]}
@@ -74,7 +72,8 @@ def test_a_verdict_does_not_improve_as_the_figures_get_worse():
 
 
 def test_holds_by_hand():
-    assert [trials.holds(x) for x in ([1, 1], [1, 1, 0], [1, 0], [0])] == ["reproduced", "partly", "not reproduced", "not reproduced"]
+    found = [trials.holds(x) for x in ([1, 1], [1, 1, 0], [1, 0], [0])]
+    assert found == ["reproduced", "partly", "not reproduced", "not reproduced"]
     assert trials.holds([True] * 9 + [False], 0.9) == "reproduced"
     assert trials.mean_range([0.1, -0.1, 0.3]) == "+0.100 [-0.100, +0.300]"
 
@@ -191,16 +190,25 @@ def test_results_md_and_readme_show_what_is_committed():
 
 # ---- the program
 
-def test_program(tmp_path):
+def test_program(tmp_path, monkeypatch, capsys):
     def called(*words):
-        done = subprocess.run([sys.executable, "-m", "studies.reproduce", *words], cwd=HERE, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        monkeypatch.setattr(sys, "argv", ["studies.reproduce", *words])
+        try:
+            runs.one_line(reproduce.main)
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
     status, out, _ = called("--list")
     assert status == 0 and all(re.search(rf"^{name} ", out, re.M) for name in reproduce.ITEMS)
     status, out, error = called("000-fig9")
-    assert status == 2 and not out and error.startswith("error: no item '000-fig9': expected all or 000-fig1") and error.count("\n") == 1
-    status, _, error = called("001-theory", "--minutes", "0")
-    assert status == 2 and error == "error: --minutes: expected a number above 0, found 0.0\n"
-    status, out, _ = called("001-theory", "--results", str(tmp_path))
+    assert status == 2 and not out and error.count("\n") == 1
+    assert error.startswith("error: no item '000-fig9': expected all or 000-fig1")
+    assert called("001-theory", "--minutes", "0") == (2, "", "error: --minutes: expected a number above 0, found 0.0\n")
+    status, out, _ = called("001-theory", "--report", "--results", str(tmp_path))
     assert status == 0 and "2.24 at t = 1" in out and (tmp_path / "001-theory.png").is_file()
-    assert plots.rows(tmp_path, [(tmp_path / "001-theory.json").read_bytes()])[0]["seeds"] == 1
+    assert json.loads((tmp_path / "001-theory.json").read_text())["seeds"] == 1
+    status, out, _ = called("002-lr", "--report", "--results", str(tmp_path))
+    assert status == 0 and out == "002-lr: not all runs are there yet\n"
+    status, out, _ = called("000-fig5-6", "--scale", "gpu")
+    assert status == 0 and "python train_dpo.py --init runs/gpu-sft" in out and "about 8 GB, " in out
