@@ -435,8 +435,10 @@ def collate(dialogues, loss_on="response", whole=False, rows=()):
     """B lists of token arrays, [prompt, response, ...], each with the same number of responses -> Batch of all prompts' first
     responses, then all second ones. A prompt's tokens are there once; its responses' positions go on behind it.
 
-    Scored on the responses or on `all` tokens but the first. This is the one place where targets are shifted: the hidden state
-    of the token before it predicts a token. whole: the last token is in it too, for a reward model to be read there.
+    Scored on the responses or on `all` tokens but the first: a prompt is masked by no position that predicts one of its tokens.
+    This is the one place where targets are shifted: the hidden state of the token before it predicts a token. Prompt 10 11 12,
+    chosen 20 21 99, rejected 30 99 -> tokens 10 11 12 20 21 30, score_at 2 3 4 2 5, targets 20 21 99 30 99, owner 0 0 0 1 1.
+    whole: the last token is in it too, for a reward model to be read there.
     """
     tokens, positions, start = [], [], 0
     sequences, targets = [], []   # of every response: where its dialogue's tokens stand, and what they predict
@@ -455,6 +457,7 @@ def collate(dialogues, loss_on="response", whole=False, rows=()):
     each = len(dialogues[0]) - 1
     sequences, targets = ([found[i] for k in range(each) for i in range(k, len(found), each)] for found in (sequences, targets))
     shapes, places, back = rectangles(sequences, start)
+    # without its last token a dialogue ends with what predicts the response: the prompt's last token, the response but its last
     score_at = [sequence[:len(sequence) - whole][-len(scored):] for sequence, scored in zip(sequences, targets)]
     owner = [np.full(len(scored), r) for r, scored in enumerate(targets)]
     tokens, positions, *scored = (torch.from_numpy(np.concatenate(x).astype(np.int64))

@@ -120,8 +120,9 @@ class _Logp(torch.autograd.Function):
 
 
 def token_logps(hidden, weight, targets, models=1):
-    """hidden (S, C), weight (V, C), targets (S,) -> (S,) log-probability of each target. The shift by one is the caller's:
-    hidden[i] is the state *before* targets[i] (data.Batch does it, in one place)."""
+    """hidden (S, C), weight (V, C), targets (S,) -> (S,) log-probability of each target: F.linear(hidden, weight).log_softmax(1)
+    [range(S), targets], in chunks. The shift by one is the caller's: hidden[i] is the state *before* targets[i] (data.Batch does
+    it, in one place)."""
     if not len(hidden) == len(targets):
         raise ValueError(f"{len(hidden)} hidden states for {len(targets)} targets")
     return _Logp.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad, models)
@@ -187,7 +188,8 @@ class _Weighted(torch.autograd.Function):
 
 def sft_loss(hidden, weight, targets, normaliser):
     """Negative log-likelihood over a micro-batch, divided by `normaliser`: the number of scored tokens of the *whole*
-    accumulated step. A mean of micro-batch means would weigh the tokens of short micro-batches more."""
+    accumulated step. A mean of micro-batch means would weigh the tokens of short micro-batches more. The same as
+    F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum") / normaliser."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     factor = torch.full(targets.shape, -1 / normaliser, dtype=wide, device=hidden.device)
     return _Weighted.apply(hidden, weight, targets, factor, None, None, None, None, torch.is_grad_enabled())[0]
@@ -196,8 +198,10 @@ def sft_loss(hidden, weight, targets, normaliser):
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
     """Direct preference optimisation (Rafailov et al. 2023, Eq. 7). All arguments and results (B,).
 
-    L = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h the difference of the two log-ratios. eps > 0 allows
-    for labels that are wrong that often; elsewhere this is called "conservative DPO", which is not the CDPO below.
+    L = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected);
+    the margin below is beta h. At eps = 0 the gradient at chosen's log pi is -beta sigmoid(-margin), at rejected's the opposite:
+    pairs that are ranked right count less. eps > 0 allows for labels that are wrong that often; elsewhere this is called
+    "conservative DPO", which is not the CDPO below.
     Returns losses, chosen rewards and rejected rewards; a reward is beta (log pi - log ref).
     """
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
@@ -212,7 +216,8 @@ def cdpo_regularizer(logp, ref_logp, targets, beta):
 
         R_t = 1/(V-1) sum over v != y_t of sigmoid(beta (log pi(v|c) - log ref(v|c)))
 
-    (S,), each in (0, 1), and 1/2 where the models agree. No log is taken of the sigmoid.
+    (S,), each in (0, 1), and 1/2 where the models agree; c is all that stands before y_t. It lowers pi, against ref, on all
+    tokens but the target, and is not smallest where the two agree (RESULTS.md, CDPO). No log is taken of the sigmoid.
     """
     s = torch.sigmoid(beta * (logp - ref_logp))
     return (s.sum(1) - s.gather(1, targets[:, None]).squeeze(1)) / (logp.size(1) - 1)
@@ -256,7 +261,7 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
 
 
 def reward_loss(chosen_rewards, rejected_rewards):
-    """Bradley-Terry's -log sigmoid(r_w - r_l), (B,): the surprise at the chosen one being preferred."""
+    """Bradley-Terry's -log sigmoid(r_chosen - r_rejected), (B,): the surprise at the chosen one being preferred."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 

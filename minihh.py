@@ -375,7 +375,7 @@ def check(example, answer):
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` ends it without a word
     for e in examples("train")[:8]:
-        print(f"--- {e.skill}, rejected for being {e.flaw}{', label flipped' if e.flipped else ''}{e.prompt}"
+        print(f"--- {e.skill}, flaw: {e.flaw}{', label flipped: the chosen one has it' if e.flipped else ''}{e.prompt}"
               f"\n  chosen  {e.chosen}\n  rejected{e.rejected}")
     print("\nsplit   pairs  first turns  flipped  longer wins  turns 1/2/3")
     for split in SIZES:

@@ -82,7 +82,8 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, packing, at, cache, layer):
-        """F.embedding(i, x) below is x[i], with a faster backward pass."""
+        """packing: None for rows (B, T), as in generate. at: numbers of the only tokens that are still needed (last block); None:
+        all. cache, layer: for generate. F.embedding(i, x) below is x[i], with a faster backward pass."""
         if packing is None:
             return self.c_proj(self.attend(self.c_attn(x), cache, layer))
         parts = F.embedding(packing.places, self.c_attn(x)).split([B * T for B, T in packing.shapes])   # (N, 3C) -> (M, 3C)

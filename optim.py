@@ -1,12 +1,13 @@
 """
 Optimizers by name, their parameter groups, and the learning-rate schedule.
 
-Written here: Lion; and those that take K small steps where gradient accumulation takes one large one, in the memory of Adam or
-Lion: AdamW-PMA and Lion-PMA (Periodical Moving Average, the report 001_...), AGMA (the report 000_..., appendix A), and AdamW on
-a schedule like theirs. All others are torch.optim's.
+Written here: Lion; and those that step on each of K micro-batches where gradient accumulation steps once, in the memory of Adam
+or Lion: AdamW-PMA and Lion-PMA (Periodical Moving Average, the report 001_...), AGMA (the report 000_..., appendix A), and AdamW
+on a schedule like theirs. All others are torch.optim's.
 
 In every docstring t counts the steps from 0, K is the period, tau = t mod K, n = t // K + 1. A step is "large" at tau = 0, except
-the very first, else "small". g is one micro-batch's gradient, lr_t a step's own rate, lam the weight decay.
+the very first, else "small": a period is a large step and K-1 small ones, the first period K small ones, since there is no old
+moment. g is one micro-batch's gradient, lr_t a step's own rate, lam the weight decay.
 
 Weight decay falls on matrices only: biases and LayerNorm gains are few, and pulling a gain to zero has no meaning.
 """
@@ -163,9 +164,10 @@ class AdamWPMA(Stepwise):
         theta = (1 - lr_t lam) theta - lr_t m_hat / (sqrt(v_hat) + eps)
         after a large step:  m = K m,  v = K v
 
-    At tau = K-1, m is that of AdamW with K-fold accumulation, and v holds the mean of the squares where that has the square of
-    the mean. K = 1 is AdamW. A period moves between S(K) / sqrt(K) (all noise) and S(K) times (a constant gradient) as far as one
-    accumulated step at the same lr, S(K) = sum over j = 1..K of j^-1/2.
+    m = K m looks odd: the small steps' factors tau/(tau+1) multiply to 1/K and take it back by tau = K-1. There m is that of
+    AdamW with K-fold accumulation, and v holds the mean of the squares where that has the square of the mean. K = 1 is AdamW. A
+    period moves between S(K) / sqrt(K) (all noise) and S(K) times (a constant gradient) as far as one accumulated step at the
+    same lr, S(K) = sum over j = 1..K of j^-1/2.
 
     Where the sources disagree. The paper corrects the bias with exponent t // K, zero in the first period: n is one more. Its
     text scales the moments after a large step (ours; only that gives AdamW's m); its listings and the released code scale a
@@ -183,11 +185,11 @@ class AdamWPMA(Stepwise):
         (a1, c1, scale1), (a2, c2, scale2) = (self.moment(group, t, b) for b in group["betas"])
         beta1, beta2 = a1 * s / (a1 * s + c1), a2 * r / (a2 * r + c2)
         s, r = a1 * s + c1, a2 * r + c2
-        m_hat = s / self.correction(group, t, group["betas"][0])    # times M
-        root, eps = self.denominator(group, t, r)                   # the update is divided by root sqrt(R) + eps
+        factor = s / self.correction(group, t, group["betas"][0])   # the docstring's m_hat is factor M
+        root, eps = self.denominator(group, t, r)                   # and sqrt(v_hat) + eps is root sqrt(R) + eps
         never = torch.full((), math.inf, device=params[0].device)
         adamw(params, grads, m, v, [], [never] * len(params), fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
-              lr=self.step_size(group, t) * m_hat / root, eps=eps / root, weight_decay=group["weight_decay"] * root / m_hat)
+              lr=self.step_size(group, t) * factor / root, eps=eps / root, weight_decay=group["weight_decay"] * root / factor)
         return scale1 * s, scale2 * r
 
     def moment(self, group, t, b):
@@ -405,15 +407,17 @@ def accumulated_step(model, optimizer, losses, rows, per_update, grad_clip=0.0, 
     """One step of K micro-batches, which is K / per_update updates.
 
     losses: an iterator over K tuples (loss, more numbers ...), each a micro-batch's share of the step's mean; plain zeros where
-    this process has no row of it. rows: those of each micro-batch. scaler: of float16, whose gradients would vanish unscaled; an
-    update whose scaled gradient overflows is left out, and the scale halved. -> (the tuples' sum, over all processes too; the
-    gradient norms of the updates that were done). Raises NotFinite, with the weights as they were before the update.
+    this process has no row of it. With PMA each micro-batch's gradient is clipped alone. rows: those of each micro-batch. scaler:
+    of float16, whose gradients would vanish unscaled; an update whose scaled gradient overflows is left out, and the scale
+    halved. -> (the tuples' sum, over all processes too; the gradient norms of the updates that were done). Raises NotFinite, with
+    the weights as they were before the update.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     K, sums, norms = len(rows), (), []
     for k, (loss, *others) in enumerate(losses, 1):
-        # a share of the mean of all K; where each is an update of its own (PMA, AGMA), that micro-batch's own mean
+        # a share of the mean of all K; where each is an update of its own (PMA, AGMA), K times that share, which is its own mean
+        # only if all K have as many tokens (pairs)
         if loss.requires_grad:
             scaler.scale(loss * (K // per_update)).backward()
         values = [x.item() for x in (loss, *others)]

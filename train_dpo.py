@@ -9,7 +9,8 @@ over the whole vocabulary.
 
 The reference is --init as it was. What it says of the training pairs is computed once and cached (reference.py), so that there is
 one model in memory (two during an evaluation); with LoRA it is the policy with its adapters off. Both see every pair with dropout
-off. Before the first step they are the same model, so the loss must be log 2 and every pair a tie; the script checks that.
+off. Before the first step they are the same model, so every margin is 0, every pair a tie and DPO's loss -log sigmoid(0) = log 2
+(CDPO adds gamma / 2); the script checks that.
 
 On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """
@@ -197,7 +198,8 @@ def main(cfg):
         return gpt.flops(model.config, 0, 0, 0, len(batch.targets)) if cfg.loss == "cdpo" else 0
 
     def micro_losses(batches):
-        """(loss, margin, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more."""
+        """(loss, margin, share won), each divided by the pairs of all: a mean of means would weigh a short micro-batch more. A
+        generator, so that one micro-batch's graph is in memory at a time."""
         pairs, = parallel.total(sum(batch.responses for batch in batches if batch) // 2)
         for batch in batches:
             with autocast():
@@ -246,6 +248,7 @@ def main(cfg):
                                         cfg.grad_clip, scale=run.scaler.get_scale()))
         began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
+        # backward, clip and optimizer.step: optim.accumulated_step
         (train_loss, train_margin, train_won), norms = run.step(model, optimizer, batches, micro_losses(batches))
         mine = [batch for batch in batches if batch]
         run.stepped(began, norms, lr, samples=sum(b.responses for b in mine) // 2, tokens=sum(len(b.tokens) for b in mine),

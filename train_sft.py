@@ -101,7 +101,8 @@ def main(cfg):
 
     def micro_losses(batches):
         """Every micro-batch's summed loss is divided by the tokens of them all: then K micro-batches of unequal length have the
-        gradient of one large batch. A mean of their means would not."""
+        gradient of one large batch. A mean of their means would not. A generator: a micro-batch's forward pass runs when the
+        step asks for it, behind the backward pass (with PMA the update, too) of the one before."""
         normaliser, = parallel.total(sum(len(batch.targets) for batch in batches if batch))
         for batch in batches:
             with autocast():
@@ -146,6 +147,7 @@ def main(cfg):
                                         cfg.grad_clip, scale=run.scaler.get_scale()))
         began = time.time()
         batches = micro_batches(order[step * cfg.accumulate + k] for k in range(cfg.accumulate))
+        # backward, clip and optimizer.step: optim.accumulated_step
         (train_loss,), norms = run.step(model, optimizer, batches, micro_losses(batches))
         mine = [batch for batch in batches if batch]
         run.stepped(began, norms, lr, samples=sum(b.responses for b in mine), tokens=sum(len(b.tokens) for b in mine),

@@ -40,7 +40,7 @@ def test_speedups_by_hand():
 
 
 def test_accuracy_speedups_and_at_equal_by_hand():
-    """To 0.7: the baseline needs 40, the candidate 80. There the candidate's KL is 0.2 + (0.4 - 0.2) / 2 and the baseline's 0.1."""
+    """To 0.7: the baseline needs 40, the candidate 80. There its KL is 0.2 + (0.4 - 0.2) / 2, and the baseline's 0.1."""
     base = {1: run([0, 40, 80], val_reward_accuracy=[0.5, 0.7, 0.7], val_full_kl=[0.0, 0.1, 0.9])}
     other = {1: run([0, 60, 100], val_reward_accuracy=[0.5, 0.6, 0.8], val_full_kl=[0.0, 0.2, 0.4])}
     assert trials.accuracy_speedups(other, base) == pytest.approx([0.5])
