@@ -47,7 +47,7 @@ def dialogues(rows):
 
 
 @functools.lru_cache
-def tuned(steps=60):
+def tuned(steps=40):
     """A mini model after some steps of SFT."""
     model = mini()
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
@@ -133,15 +133,16 @@ def sft_labels(prompts, responses):
 
 
 @functools.lru_cache
-def ends(labels_of, steps):
+def ends(labels_of, steps, every=1):
     """[(step, probability of end-of-text behind a held-out answer)] while a mini model trains with these labels."""
     model, found = mini(), []
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     prompts, responses, _ = dialogues(range(360, 376))
     held, last = right_labels(prompts, responses)[0], torch.tensor([len(p) + len(r) - 2 for p, r in zip(prompts, responses)])
     for step in range(steps + 1):
-        with torch.no_grad():
-            found.append((step, model(held)[range(16), last].softmax(1)[:, EOT].mean().item()))
+        if step % every == 0:
+            with torch.no_grad():
+                found.append((step, model(held)[range(16), last].softmax(1)[:, EOT].mean().item()))
         prompts, responses, _ = dialogues(range(8 * step, 8 * step + 8))
         ids, labels = labels_of(prompts, responses)
         optimizer.zero_grad()
@@ -151,7 +152,8 @@ def ends(labels_of, steps):
 
 
 def symptom_sft_labels(own=sft_labels):
-    return {"P(end-of-text) behind an answer, 10 steps of SFT": ends(own, 10)[-1][1], "expected": ends(right_labels, 10)[-1][1]}
+    return {"P(end-of-text) behind an answer, 10 steps of SFT": ends(own, 10, every=10)[-1][1],
+            "expected": ends(right_labels, 10, every=10)[-1][1]}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3  the log-probability of a response
