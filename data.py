@@ -78,7 +78,7 @@ def is_glued(pair):
 
 def form(pairs):
     """What the rows of a data set are."""
-    return "pairs" if pairs[0].rejected is not None else "dialogues" if pairs[0].prompt else "stretches"
+    return "pairs" if not pairs or pairs[0].rejected is not None else "dialogues" if pairs[0].prompt else "stretches"
 
 
 def read_pairs(path):
@@ -240,7 +240,7 @@ def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
         if split not in found:
             raise InputError(f"--data {name} has no {split} split")
     found = {split: found[split] for split in splits}
-    forms = {form(pairs) for pairs in found.values() if pairs}
+    forms = set(map(form, found.values()))
     if "stretches" in forms and need != "all":
         raise InputError(f"--data {name}: plain text has no responses: it is for train_sft.py --loss-on all")
     if forms - {"pairs"} and need == "pair":
@@ -248,7 +248,7 @@ def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
     if half != "all" and "train" in found:
         found["train"] = [p for p in found["train"] if (_draw(p, "half") < 0.5) == (half == "sft")]
     for split, pairs in found.items():
-        counts[f"{split} {form(pairs) if pairs else 'pairs'}"] = len(pairs)
+        counts[f"{split} {form(pairs)}"] = len(pairs)
         if not pairs:
             why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped"))
             raise InputError(f"--data {name}: the {split} split is empty ({why or 'no row was dropped'})")
@@ -256,7 +256,7 @@ def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
 
 
 def _draw(pair, salt):
-    """A number in [0, 1) that depends on the first human turn alone."""
+    """A number in [0, 1) that depends on the first human turn alone, or on the stretch of plain text."""
     first_turn = pair.prompt.split(ASSISTANT)[0] or pair.chosen
     return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode(errors="surrogatepass")).digest()[:6], "big") / 2 ** 48
 
@@ -367,7 +367,8 @@ class Tokens:
 
 def tokenize(pairs, vocab_size, block_size):
     """encode(), kept on disk by the content of the pairs."""
-    key = hashlib.sha256(json.dumps([1, vocab_size, block_size]).encode())
+    version = 2 if form(pairs) == "stretches" else 1   # of encode: raised when it makes other tokens
+    key = hashlib.sha256(json.dumps([version, vocab_size, block_size]).encode())
     for pair in pairs:
         key.update(repr(tuple(pair)).encode())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()[:32]}.npz"
@@ -398,7 +399,7 @@ def encode(pairs, vocab_size, block_size):
     if block_size < 2 * KEEP_PROMPT:
         raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
     encoding = tokenizer(vocab_size)
-    if pairs and form(pairs) == "stretches":
+    if form(pairs) == "stretches":
         return encode_text((pair.chosen for pair in pairs), encoding, block_size)
     texts = [part for pair in pairs for part in pair]
     ids = [[] if text is None else encoding.encode_ordinary(text) for text in texts]
@@ -421,14 +422,17 @@ def encode(pairs, vocab_size, block_size):
 
 def encode_text(stretches, encoding, block_size):
     """Plain text -> (Tokens, Counter): all its tokens in a line, cut into blocks of block_size. Each block has up to 32 tokens as
-    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out."""
+    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out. The
+    blocks are mixed, or the first few hundred, which evaluations take, would all be of the first documents."""
     flat = np.concatenate([np.array(encoding.encode(text, allowed_special={END}), dtype=np.uint16) for text in stretches])
     if len(flat) < 2:
         raise InputError(f"plain text of {len(flat)} tokens is too short: expected at least 2")
-    starts = np.arange(0, len(flat) - 1, block_size)
-    stops = np.minimum(starts + block_size, len(flat))
-    ends = np.stack((np.minimum(starts + 32, stops - 1), stops, stops), axis=1)
-    return Tokens(flat[:stops[-1]], ends), Counter(blocks=len(starts), tokens=int(stops[-1]))
+    blocks = [flat[i:i + block_size] for i in range(0, len(flat) - 1, block_size)]
+    random.Random(0).shuffle(blocks)
+    lengths = np.array([len(block) for block in blocks])
+    prompts, stops = np.minimum(32, lengths - 1), np.cumsum(lengths)
+    ends = np.stack((stops - lengths + prompts, stops, stops), axis=1)
+    return Tokens(np.concatenate(blocks), ends), Counter(blocks=len(blocks), tokens=int(stops[-1]))
 
 
 def cut_prompt(prompt, room, turn):

@@ -337,8 +337,8 @@ def test_training_data_enters_one_row_alone(trained, tmp_path, monkeypatch, no_p
     cfg = replace(TINY, models=(sft,), judge=reward, temperatures=(0.0,), out=str(tmp_path))
     scores, real = eval_reward.main(cfg), data.load_pairs
 
-    def other(*args):
-        found, counts = real(*args)
+    def other(*args, **more):
+        found, counts = real(*args, **more)
         return {**found, "train": found["train"][100:]}, counts
     monkeypatch.setattr(data, "load_pairs", other)
     again = eval_reward.main(cfg)

@@ -136,7 +136,7 @@ def written(folder, kind):
                 for q, good, bad in found]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "text":
-        path.write_text("\n<|endoftext|>\n".join(f"{q}\n" + f"{good}\n" * 6 for q, good, _ in found))
+        path.write_text("\n<|endoftext|>\n".join(f"{q}\n" + f"{good}\n" * 3 for q, good, _ in found))
     else:
         split = [(*q.split("\n"), "")[:2] for q, _, _ in found]
         path.write_text(json.dumps([f"\n\nHuman: {q}\n\nAssistant: {good}" for q, good, _ in found] if kind == "list" else [
@@ -171,16 +171,16 @@ def test_plain_text_is_scored_as_transformers_scores_it(tmp_path, no_pictures):
     gpt.export(gpt.load("mini"), tmp_path / "hf")
     path = written(tmp_path, "text")
     train_sft.main(replace(TINY, steps=0, init=str(tmp_path / "hf"), data=f"{path},{path}", loss_on="all", block_size=128,
-                           eval_samples=30, eval_answers=0, out=str(tmp_path / "run")))
+                           eval_samples=1000, eval_answers=0, out=str(tmp_path / "run")))
     encoding, hf = data.tokenizer(2048), transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     texts = [part.strip() for part in Path(path).read_text().split("<|endoftext|>")]
     line = torch.tensor([t for text in texts for t in [*encoding.encode(text), 2047]])
     nll = scored = 0
-    for block in line[:30 * 128].split(128):
+    for block in line.split(128):
         with torch.no_grad():
             nll, scored = nll + hf(block[None], labels=block[None]).loss.item() * (len(block) - 1), scored + len(block) - 1
     event, = metrics(tmp_path / "run")
-    assert event["val_loss"] == pytest.approx(nll / scored, abs=1e-5) and scored == 30 * 127   # fp32 sums
+    assert event["val_loss"] == pytest.approx(nll / scored, abs=1e-5) and scored > 4000   # fp32 sums
     assert not PAIRED & event.keys()
 
 
