@@ -3,6 +3,8 @@ From text to micro-batches.
 
     {"chosen": text, "rejected": text}  ->  Pair(prompt, chosen, rejected)  ->  token arrays  ->  Batch
 
+What has no rejected response, a list of dialogues, Alpaca or plain text, is a Pair without one, and serves for SFT alone.
+
 HH-RLHF stores each pair as two whole dialogues. The prompt is what they share up to the last "\n\nAssistant:", colon included
 and no space after it; a response keeps one leading space, is stripped on the right, and is closed by end-of-text. So prompt
 and response can be tokenised apart: GPT-2's tokenizer never joins a colon to the space behind it.
@@ -53,19 +55,20 @@ class Pair(NamedTuple):
     rejected: str | None = None
 
 
-def parse(chosen, rejected):
-    """Two whole dialogues -> (Pair, None), or (None, why it was dropped)."""
-    if not (chosen.startswith(HUMAN) and rejected.startswith(HUMAN)):
+def parse(*dialogues):
+    """Two whole dialogues, or one where nothing is rejected -> (Pair, None), or (None, why it was dropped)."""
+    if not all(text.startswith(HUMAN) for text in dialogues):
         return None, "no Human turn at the start"
-    cut_c, cut_r = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
-    a, b = chosen[cut_c:].strip(), rejected[cut_r:].strip()
-    if chosen[:cut_c] != rejected[:cut_r]:
+    cuts = [text.rfind(ASSISTANT) + len(ASSISTANT) for text in dialogues]
+    prompt, *others = (text[:cut] for text, cut in zip(dialogues, cuts))
+    responses = [text[cut:].strip() for text, cut in zip(dialogues, cuts)]
+    if others and others != [prompt]:
         return None, "prompts differ"
-    if not a or not b:
+    if not all(responses):
         return None, "empty response"
-    if a == b:
+    if len(set(responses)) < len(responses):
         return None, "identical responses"
-    return Pair(chosen[:cut_c], " " + a, " " + b), None
+    return Pair(prompt, *(" " + text for text in responses)), None
 
 
 def is_glued(pair):
@@ -75,7 +78,7 @@ def is_glued(pair):
 
 def form(pairs):
     """What the rows of a data set are."""
-    return "pairs" if pairs[0].rejected is not None else "dialogues" if pairs[0].prompt else "stretches"
+    return "pairs" if not pairs or pairs[0].rejected is not None else "dialogues" if pairs[0].prompt else "stretches"
 
 
 def read_pairs(path):
@@ -124,6 +127,42 @@ def _row(path, n, line):
     return row["chosen"], row["rejected"]
 
 
+def read_list(path):
+    """A .json file, as read_pairs: a list of whole dialogues as text (the course's sft_train.json, EYLSFTStatic), or of Alpaca's
+    {"instruction", "input", "output"}. These become dialogues too, so that chat.py talks to a model tuned on them as to any
+    other: the human's turn is the instruction and, on a line of its own, the input if there is one."""
+    text, pairs, dropped = _whole(path), [], Counter()
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: expected a JSON list, found {text.strip()[:40]!r} ({e})") from None
+    if not isinstance(items, list):
+        raise InputError(f"{path}: expected a JSON list, found {type(items).__name__}")
+    for n, item in enumerate(items, 1):
+        pair, why = _item(f"{path}: item {n}", item)
+        if pair is None:
+            dropped[why] += 1
+        else:
+            pairs.append(pair)
+    return pairs, dropped
+
+
+def _item(where, item):
+    if isinstance(item, str):
+        if ASSISTANT not in item:
+            raise InputError(f'{where}: expected the turn marker "\\n\\nAssistant:", found {item[:40]!r}')
+        return parse(item)
+    texts = [item.get("instruction"), item.get("input", ""), item.get("output")] if isinstance(item, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        found = ", ".join(item) if isinstance(item, dict) else type(item).__name__
+        raise InputError(f'{where}: expected a dialogue, or the keys "instruction" and "output" (and "input") with a text each, '
+                         f'found {found[:80] or "none"}')
+    instruction, given, output = map(str.strip, texts)
+    if not instruction or not output:
+        return None, "empty response" if instruction else "empty instruction"
+    return Pair(f"{HUMAN} {instruction}" + f"\n{given}" * bool(given) + ASSISTANT, " " + output), None
+
+
 def read_text(path):
     """A .txt file, as read_pairs: its stretches. "<|endoftext|>" ends a document, and so does the file; a long document is cut at
     a line's end, where it has one, into stretches of STRETCH characters, or of a fiftieth of a small file."""
@@ -148,22 +187,23 @@ def _whole(path):
         raise InputError(f"{path}:{line}: expected UTF-8 text ({e.reason})") from None
 
 
-READERS = {".jsonl": read_pairs, ".jsonl.gz": read_pairs, ".txt": read_text}
+READERS = {".jsonl": read_pairs, ".jsonl.gz": read_pairs, ".json": read_list, ".txt": read_text}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data sets by name
 
 HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
+ALPACA = "datasets/yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"   # its authors' own repository has no JSON
 
 
 def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
     """A data set -> ({split: list of Pair}, Counter of dropped and glued rows).
 
-    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); a file in
-    one of READERS' formats or a folder of .jsonl[.gz] (split by us, 8 : 1 : 1); or TRAIN,VALID (two paths; no test). Splits that
-    we make go by the first human turn, since HH-RLHF repeats dialogues with more turns and a split by rows would leak; of plain
-    text by the stretch. half: `sft` or `preference`, two disjoint halves of the training pairs. need: `pair`, both responses;
-    `response`, dialogues at least; `all`, plain text will do.
+    name: minihh; hh-rlhf or hh-rlhf/SUBSET (the hub's files; their test file is our test, valid comes out of train); alpaca
+    (the hub's cleaned copy), a file in one of READERS' formats or a folder of .jsonl[.gz] (split by us, 8 : 1 : 1); or
+    TRAIN,VALID (two of these; no test). Splits that we make go by the first human turn, since HH-RLHF repeats dialogues with more
+    turns and a split by rows would leak; of plain text by the stretch. half: `sft` or `preference`, two disjoint halves of the
+    training pairs. need: `pair`, both responses; `response`, dialogues at least; `all`, plain text will do.
     """
     counts = Counter()
     if not all(part.strip() for part in name.split(",")):
@@ -200,27 +240,30 @@ def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
         if split not in found:
             raise InputError(f"--data {name} has no {split} split")
     found = {split: found[split] for split in splits}
+    forms = set(map(form, found.values()))
+    if "stretches" in forms and need != "all":
+        raise InputError(f"--data {name}: plain text has no responses: it is for train_sft.py --loss-on all")
+    if forms - {"pairs"} and need == "pair":
+        raise InputError(f"--data {name} has no pairs: chosen and rejected responses are needed here, in HH-RLHF's format")
     if half != "all" and "train" in found:
         found["train"] = [p for p in found["train"] if (_draw(p, "half") < 0.5) == (half == "sft")]
     for split, pairs in found.items():
-        counts[f"{split} {form(pairs) if pairs else 'pairs'}"] = len(pairs)
+        counts[f"{split} {form(pairs)}"] = len(pairs)
         if not pairs:
             why = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("dropped"))
             raise InputError(f"--data {name}: the {split} split is empty ({why or 'no row was dropped'})")
-        if form(pairs) == "stretches" and need != "all":
-            raise InputError(f"--data {name}: plain text has no responses: it is for train_sft.py --loss-on all")
-        if form(pairs) != "pairs" and need == "pair":
-            raise InputError(f"--data {name} has no pairs: expected a chosen and a rejected response, HH-RLHF's format")
     return found, counts
 
 
 def _draw(pair, salt):
-    """A number in [0, 1) that depends on the first human turn alone."""
+    """A number in [0, 1) that depends on the first human turn alone, or on the stretch of plain text."""
     first_turn = pair.prompt.split(ASSISTANT)[0] or pair.chosen
     return int.from_bytes(hashlib.sha256(f"{salt}{first_turn}".encode(errors="surrogatepass")).digest()[:6], "big") / 2 ** 48
 
 
 def _files(path):
+    if path == "alpaca":
+        return [download(ALPACA)]
     path = Path(path)
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz")))
@@ -228,10 +271,10 @@ def _files(path):
             raise InputError(f"{path}: expected .jsonl or .jsonl.gz files in this folder, found none")
         return files
     if not path.is_file():
-        raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, or a path, and there is no such "
-                         "file")
+        raise InputError(f"no data set {str(path)!r}: expected minihh, hh-rlhf, hh-rlhf/SUBSET, alpaca, or a path, and there "
+                         "is no such file")
     if not path.name.endswith(tuple(READERS)):
-        raise InputError(f"{path}: expected a {', '.join(READERS)} file")
+        raise InputError(f"{path}: expected a .jsonl, .jsonl.gz, .json or .txt file")
     return [path]
 
 
@@ -324,7 +367,8 @@ class Tokens:
 
 def tokenize(pairs, vocab_size, block_size):
     """encode(), kept on disk by the content of the pairs."""
-    key = hashlib.sha256(json.dumps([1, vocab_size, block_size]).encode())
+    version = 2 if form(pairs) == "stretches" else 1   # of encode: raised when it makes other tokens
+    key = hashlib.sha256(json.dumps([version, vocab_size, block_size]).encode())
     for pair in pairs:
         key.update(repr(tuple(pair)).encode())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()[:32]}.npz"
@@ -355,7 +399,7 @@ def encode(pairs, vocab_size, block_size):
     if block_size < 2 * KEEP_PROMPT:
         raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
     encoding = tokenizer(vocab_size)
-    if pairs and form(pairs) == "stretches":
+    if form(pairs) == "stretches":
         return encode_text((pair.chosen for pair in pairs), encoding, block_size)
     texts = [part for pair in pairs for part in pair]
     ids = [[] if text is None else encoding.encode_ordinary(text) for text in texts]
@@ -378,14 +422,17 @@ def encode(pairs, vocab_size, block_size):
 
 def encode_text(stretches, encoding, block_size):
     """Plain text -> (Tokens, Counter): all its tokens in a line, cut into blocks of block_size. Each block has up to 32 tokens as
-    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out."""
+    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out. The
+    blocks are mixed, or the first few hundred, which evaluations take, would all be of the first documents."""
     flat = np.concatenate([np.array(encoding.encode(text, allowed_special={END}), dtype=np.uint16) for text in stretches])
     if len(flat) < 2:
         raise InputError(f"plain text of {len(flat)} tokens is too short: expected at least 2")
-    starts = np.arange(0, len(flat) - 1, block_size)
-    stops = np.minimum(starts + block_size, len(flat))
-    ends = np.stack((np.minimum(starts + 32, stops - 1), stops, stops), axis=1)
-    return Tokens(flat[:stops[-1]], ends), Counter(blocks=len(starts), tokens=int(stops[-1]))
+    blocks = [flat[i:i + block_size] for i in range(0, len(flat) - 1, block_size)]
+    random.Random(0).shuffle(blocks)
+    lengths = np.array([len(block) for block in blocks])
+    prompts, stops = np.minimum(32, lengths - 1), np.cumsum(lengths)
+    ends = np.stack((stops - lengths + prompts, stops, stops), axis=1)
+    return Tokens(np.concatenate(blocks), ends), Counter(blocks=len(blocks), tokens=int(stops[-1]))
 
 
 def cut_prompt(prompt, room, turn):

@@ -396,12 +396,15 @@ def main(cfg):
     if cfg.prompts:
         prompts, groups = (x[:cfg.limit] for x in read_prompts(cfg.prompts))
     else:
-        found, _ = data.load_pairs(cfg.data, ("test", "train"))
+        found, _ = data.load_pairs(cfg.data, ("test", "train"), need="response")
         pairs = found["test"][:cfg.limit]
         train = found["train"][:len(pairs)]   # as many: distinct-n falls with the number of answers
         prompts, groups = [p.prompt for p in pairs], None
         own = {"test, chosen": (prompts, [p.chosen for p in pairs]), "test, rejected": (prompts, [p.rejected for p in pairs]),
                "training, chosen": ([p.prompt for p in train], [p.chosen for p in train])}
+        if data.form(pairs) != "pairs":
+            del own["test, rejected"]
+            pairs = None
         if cfg.data == "minihh":
             examples = minihh.examples("test")[:cfg.limit]
             groups = [minihh.GROUPS[e.skill] for e in examples]

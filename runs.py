@@ -52,7 +52,7 @@ class Config:
     overwrite: bool = False                   # replace the run that is in --out
     resume: bool = False                      # go on with the run in --out, with its own flags
     init: str = "mini"                        # mini, gpt2[-medium|-large|-xl], a run folder, a checkpoint, a Hugging Face GPT-2
-    data: str = "minihh"                      # minihh, hh-rlhf[/SUBSET], a .jsonl[.gz] or .txt file, a folder, or TRAIN,VALID
+    data: str = "minihh"                      # minihh, hh-rlhf[/SUBSET], alpaca, a file or folder (README: Data), or TRAIN,VALID
     half: Literal["all", "sft", "preference"] = "all"   # which half of the training pairs; the two halves share no dialogue
     seed: int = 1                             # of weights, data order, dropout and samples
     device: str = "auto"                      # auto, cpu, cuda, cuda:1, ...

@@ -4,6 +4,7 @@ Supervised fine-tuning: GPT-2 learns to answer as the chosen responses do.
     python train_sft.py                                         # the embedded data, from scratch, on a laptop
     python train_sft.py --init gpt2-medium --data hh-rlhf ...   # README: the GPU recipe
     python train_sft.py --init ... --lora-rank 8 --lr 5e-3      # adapters beside frozen weights (lora.py)
+    python train_sft.py --data some.txt --loss-on all           # pre-training: plain text, every token
 
 On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """
@@ -33,7 +34,7 @@ class Config(runs.Config):
     epochs: float = 4.0
     lr: float = 4e-3
     warmup: int = 40
-    loss_on: Literal["response", "all"] = "response"   # what is learned: the last answer, or every token of the dialogue
+    loss_on: Literal["response", "all"] = "response"   # what is learned: the last answer, or every token, also of plain text
 
 
 @torch.no_grad()

@@ -673,6 +673,114 @@ def test_only_the_test_file_is_fetched_for_a_test(hub):
     assert data.load_pairs("hh-rlhf/helpful-base", ("test",))[0] == {"test": rows["helpful-base", "test"]}
     assert asked == [at_hub("helpful-base", "test")]
 
+# ---- lists of dialogues, and Alpaca --------------------------------------------------------------------------------------
+
+def alpaca(i, given=""):
+    return {"instruction": f"Do thing {i}.", "input": given, "output": f"Thing {i} is done."}
+
+
+def dump(path, items):
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_a_list_of_dialogues_by_hand(tmp_path):
+    """Strings and Alpaca's rows may stand in one list. What is dropped is counted by its reason; an input may be missing."""
+    path = dump(tmp_path / "a.json", [
+        f"{H} Hi{A} Yes?{H} Bye{A} Bye. \n", f"{H} Hi{A}  \n", f"Welcome!{A} Hi", f"{H} Hi{A} Sure. Human: thanks",
+        alpaca(1), alpaca(2, " a b \n"), {"output": " x\n", "instruction": " Say\n\nx. "}, {**alpaca(3), "output": "\n"},
+        {**alpaca(4), "instruction": " "}, {"instruction": "A", "output": f"{H} B{A} C", "input": "", "text": 7}])
+    pairs, dropped = data.read_list(path)
+    assert pairs == [
+        (f"{H} Hi{A} Yes?{H} Bye{A}", " Bye.", None), (f"{H} Hi{A}", " Sure. Human: thanks", None),
+        (f"{H} Do thing 1.{A}", " Thing 1 is done.", None), (f"{H} Do thing 2.\na b{A}", " Thing 2 is done.", None),
+        (f"{H} Say\n\nx.{A}", " x", None), (f"{H} A{A}", f" Human: B{A} C", None)]
+    assert dropped == {"empty response": 2, "no Human turn at the start": 1, "empty instruction": 1}
+    counts = data.load_pairs(f"{path},{path}", need="response")[1]
+    assert data.describe(counts) == (
+        "20 rows, 4 dropped: empty response, 2 dropped: no Human turn at the start, 2 dropped: empty instruction, 12 kept, "
+        "4 glued, 6 train dialogues, 6 valid dialogues")
+
+
+def test_a_list_agrees_with_the_pairs_that_it_comes_from(tmp_path):
+    """The course's list has the chosen dialogues of pairs: the same splits, halves and tokens, and nothing rejected."""
+    rows = many_rows(300)
+    listed = str(dump(tmp_path / "a.json", [r["chosen"] for r in rows]))
+    paired = str(write(tmp_path / "a.jsonl", rows))
+    for more in ({"splits": ("train", "valid", "test")}, {"half": "sft"}, {"half": "preference"}):
+        found, expected = data.load_pairs(listed, need="response", **more)[0], data.load_pairs(paired, **more)[0]
+        assert found == {split: [(p.prompt, p.chosen, None) for p in pairs] for split, pairs in expected.items()}
+    config = SimpleNamespace(vocab_size=2048, block_size=128)
+    for alone, both in zip(data.load(listed, config, need="response")[:2], data.load(paired, config)[:2]):
+        assert len(alone) == len(both) and both.paired and not alone.paired and not alone[:1].paired
+        assert (alone.lengths()[:, :2] == both.lengths()[:, :2]).all() and not alone.lengths()[:, 2].any()
+        assert all(np.array_equal(a, b) for i in range(len(both)) for a, b in zip(alone[i][:2], both[i]))
+        batches = [data.sft_batch(tokens, [3, 1]) for tokens in (alone, both)]
+        assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].targets, batches[1].targets)
+
+
+def test_alpaca_is_split_by_what_is_asked(tmp_path):
+    """Input included. The same question in other rows is in the same split; the halves are disjoint."""
+    items = [alpaca(i % 200, str(i % 2)) for i in range(600)]
+    found = data.load_pairs(str(dump(tmp_path / "a.json", items)), ("train", "valid", "test"), need="response")[0]
+    expected = Counter(f"{H} {item['instruction']}\n{item['input']}{A}" for item in items)
+    assert Counter(p.prompt for pairs in found.values() for p in pairs) == expected and set(expected.values()) == {3}
+    asked = [{p.prompt for p in pairs} for pairs in found.values()]
+    assert sum(map(len, asked)) == 200 and len(asked[0]) / 200 == pytest.approx(0.8, abs=0.1)
+
+
+def test_alpaca_by_name(hub):
+    files, asked = hub
+    path = "/datasets/yahma/alpaca-cleaned/resolve/main/alpaca_data_cleaned.json"
+    files[path] = json.dumps([alpaca(i) for i in range(100)]).encode()
+    found, counts = data.load_pairs("alpaca", need="response")
+    assert asked == [path] and len(found["train"]) > 60 and counts["rows"] == 100
+    assert data.load_pairs("alpaca", need="response")[0] == found and asked == [path]   # from the cache
+    with pytest.raises(InputError, match="--data alpaca has no pairs: chosen and rejected responses are needed here"):
+        data.load_pairs("alpaca")
+
+
+def test_train_and_valid_may_be_of_two_kinds(tmp_path):
+    pairs, listed = write(tmp_path / "a.jsonl", many_rows(9)), dump(tmp_path / "a.json", [alpaca(1)])
+    train, valid, counts = data.load(f"{listed},{pairs}", SimpleNamespace(vocab_size=2048, block_size=128), need="response")
+    assert (train.paired, valid.paired, counts["train dialogues"], counts["valid pairs"]) == (False, True, 1, len(many_rows(9)))
+    for name in (f"{listed},{pairs}", f"{pairs},{listed}"):
+        with pytest.raises(InputError, match="has no pairs"):
+            data.load_pairs(name)
+
+
+def test_every_kind_has_its_own_cached_tokens(home, monkeypatch):
+    """Pairs have the key that they had before there was another kind."""
+    data.tokenize([Pair(H + A, " a", " b")], 2048, 128)
+    assert cached_file(home).stem == "94c1c127f7ee35609f0d6ddd80188cad"
+    kinds = [[Pair(H + A, " a", other)] for other in (None, "None", "")] + [[Pair("", f"{H}{A} a")], [Pair("", H + A, " a")]]
+    first = [data.tokenize(pairs, 2048, 128) for pairs in kinds]
+    assert len(list(home.rglob("*.npz"))) == 6
+    monkeypatch.setattr(data, "tokenizer", no_tokenizer)
+    for pairs, (tokens, cut) in zip(kinds, first):
+        again, counts = data.tokenize(pairs, 2048, 128)
+        assert same(tokens, again) and counts == cut
+
+
+@pytest.mark.parametrize("content,message", [
+    (b'{"instruction": "a", "output": "b"}', "expected a JSON list, found dict"), (b"7", "expected a JSON list, found int"),
+    (json.dumps([alpaca(1), alpaca(2)]).encode()[:-30], "expected a JSON list, found .*instruction.*Expecting"),
+    (b"", "expected a JSON list, found ''"), (b"version https://git-lfs.github.com/spec/v1", "found 'version https"),
+    (b"[" * 10 ** 5, "expected a JSON list"), (b"[" + b"9" * 5000 + b"]", "expected a JSON list"),
+    (b'["\xff"]', "1: expected UTF-8"), (json.dumps([alpaca(1)]).encode("utf-16"), "1: expected UTF-8"),
+    (json.dumps([f"{H} a{A} b", "a b"]).encode(), r"item 2: expected the turn marker .*Assistant:., found 'a b'"),
+    (json.dumps([alpaca(1), None]).encode(), "item 2: expected a dialogue, or the keys .* found NoneType"),
+    (json.dumps([[alpaca(1)]]).encode(), "item 1: expected a dialogue, .* found list"),
+    (json.dumps([alpaca(1), {"instruction": "a", "response": "b"}]).encode(), "item 2: .* found instruction, response"),
+    (json.dumps([{**alpaca(1), "output": 7}]).encode(), "item 1: .* with a text each, found instruction, input, output"),
+    (json.dumps([{**alpaca(1), "input": None}]).encode(), "item 1: .* with a text each"), (b"[{}]", "item 1: .* found none"),
+])
+def test_a_bad_list_is_named(content, message, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"(?s)^{re.escape(str(tmp_path))}/a.json: ?.*{message}") as e:
+        data.read_list(tmp_path / "a.json")
+    assert len(str(e.value)) < 300 + len(str(tmp_path))
+
 # ---- plain text ----------------------------------------------------------------------------------------------------------
 
 END = "<|endoftext|>"
@@ -701,8 +809,8 @@ def test_blocks_by_hand():
     """258 tokens in blocks of 128: the last has 2. Of 257 it would have one, which is scored nowhere: left out."""
     for words, blocks in ((257, [[32, 96, 0], [32, 96, 0], [1, 1, 0]]), (256, [[32, 96, 0], [32, 96, 0]])):
         tokens, counts = data.encode([Pair("", " a" * 100), Pair("", " a" * (words - 100) + END)], 50257, 128)
-        assert tokens.lengths().tolist() == blocks and not tokens.paired and tokens.flat.dtype == np.uint16
-        assert tokens.flat.tolist() == ([257] * words + [50256])[:sum(map(sum, blocks))]
+        assert sorted(tokens.lengths().tolist(), reverse=True) == blocks and not tokens.paired and tokens.flat.dtype == np.uint16
+        assert sorted(tokens.flat.tolist()) == ([257] * words + [50256])[:sum(map(sum, blocks))]
         assert counts == {"blocks": len(blocks), "tokens": len(tokens.flat)}
     with pytest.raises(InputError, match="text of 1 tokens is too short"):
         data.encode([Pair("", " a")], 50257, 128)
@@ -711,7 +819,8 @@ def test_blocks_by_hand():
 
 @pytest.mark.parametrize("size", [2048, 50257])
 def test_plain_text_agrees_with_another_library(size, gpt2_bpe, tmp_path):
-    """Given as TRAIN,VALID nothing is split: the documents in a line, each closed by end-of-text, cut every 200 tokens."""
+    """Given as TRAIN,VALID nothing is split: the documents in a line, each closed by end-of-text, cut every 200 tokens, and the
+    blocks mixed, so that the first few are of the whole text."""
     rows = lines(400)
     documents = ["\n".join(rows[i:i + 5]) for i in range(0, 400, 5)]   # none is longer than a fiftieth of all
     (tmp_path / "a.txt").write_text(f"\n{END}\n".join(documents), encoding="utf-8")
@@ -719,8 +828,9 @@ def test_plain_text_agrees_with_another_library(size, gpt2_bpe, tmp_path):
     train, valid, counts = data.load(f"{tmp_path}/a.txt,{tmp_path}/a.txt", config, need="all")
     expected = [t for text in documents for t in [*gpt2_bpe[size](text), size - 1]]
     assert same(train, valid) and len(train) == math.ceil(len(expected) / 200) > 10
-    assert [np.concatenate(train[i]).tolist() for i in range(len(train))] == [
-        expected[i:i + 200] for i in range(0, len(expected), 200)]
+    blocks = [expected[i:i + 200] for i in range(0, len(expected), 200)]
+    found = [blocks.index(np.concatenate(train[i]).tolist()) for i in range(len(train))]
+    assert sorted(found) == list(range(len(blocks))) and abs(np.mean(found[:8]) / len(blocks) - 0.5) < 0.3
     assert counts["train blocks"] == len(train) and counts["valid tokens"] == len(expected) and counts["train stretches"] == 80
 
 

@@ -337,8 +337,8 @@ def test_training_data_enters_one_row_alone(trained, tmp_path, monkeypatch, no_p
     cfg = replace(TINY, models=(sft,), judge=reward, temperatures=(0.0,), out=str(tmp_path))
     scores, real = eval_reward.main(cfg), data.load_pairs
 
-    def other(*args):
-        found, counts = real(*args)
+    def other(*args, **more):
+        found, counts = real(*args, **more)
         return {**found, "train": found["train"][100:]}, counts
     monkeypatch.setattr(data, "load_pairs", other)
     again = eval_reward.main(cfg)
@@ -362,6 +362,17 @@ def test_prompts_from_a_file(trained, tmp_path, no_pictures, capsys):
     assert row["n"] == 2 and row["reward_by_group"].keys() == {"a", ""} and "right" not in row
     assert scores["own answers"] == {} and "accuracy" not in scores["judge"]
     assert "few.jsonl" in capsys.readouterr().out
+
+
+def test_prompts_from_dialogues_without_a_rejected_answer(trained, tmp_path, no_pictures, capsys):
+    """Judged as others; what needs pairs is left out."""
+    sft, dpo, reward = trained
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": f"Add {i} and 1.", "output": str(i + 1)} for i in range(60)]))
+    scores = eval_reward.main(replace(TINY, models=(sft, dpo), judge=reward, data=str(tmp_path / "a.json"), limit=4,
+                                      temperatures=(0.0,), out=str(tmp_path / "out")))
+    assert list(scores["own answers"]) == ["test, chosen", "training, chosen"] and scores["judge"] == {"name": reward}
+    assert scores["models"][dpo]["greedy"]["n"] == 4 and "pairs" not in scores["models"][dpo]
+    assert "test pairs" not in capsys.readouterr().out
 
 
 def test_a_prompt_of_the_data_that_is_too_long_is_cut_and_counted(trained, capsys):

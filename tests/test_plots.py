@@ -61,6 +61,15 @@ def test_sft_pictures_show_these_numbers(tmp_path, drawn):
     assert lines(accuracy.axes[1])["chosen"] == ([0, 16], [-90.0, -60.0])
 
 
+def test_where_there_are_no_pairs_there_is_no_accuracy(tmp_path, drawn):
+    run = folder(tmp_path / "run", [{k: v for k, v in e.items() if "logp" not in k} for e in SFT], loss_on="all")
+    config = json.loads((run / "config.json").read_text())
+    del config["baseline_longer_wins"]
+    (run / "config.json").write_text(json.dumps(config | {"data": {"train blocks": 7}}))
+    plots.draw(run)
+    assert drawn[0].axes[0].get_xlabel() == "blocks seen" and len(drawn) == 1 and not (run / "accuracy.png").exists()
+
+
 def test_dpo_pictures_show_these_numbers(tmp_path, drawn):
     plots.draw(folder(tmp_path / "run", DPO, loss="dpo", beta=0.1, gamma=1.0))
     loss, accuracy = drawn

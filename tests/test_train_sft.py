@@ -123,6 +123,67 @@ def test_ten_steps_equal_a_plain_loop_over_transformers(tmp_path, no_pictures, o
     assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-2)   # AdamW hides a wrong scale
 
 
+def some_dialogues(n=120):
+    """Of one turn each, as (question, better answer, worse answer)."""
+    return [(f"What is {i}?" if i % 3 else f"Name a thing.\nNumber {i}", f"It is {i}, of course.", "No idea.") for i in range(n)]
+
+
+def written(folder, kind):
+    """The same dialogues in each of the formats; or, as plain text, their answers."""
+    found, path = some_dialogues(), folder / {"pairs": "a.jsonl", "list": "a.json", "alpaca": "b.json", "text": "a.txt"}[kind]
+    if kind == "pairs":
+        rows = [{"chosen": f"\n\nHuman: {q}\n\nAssistant: {good}", "rejected": f"\n\nHuman: {q}\n\nAssistant: {bad}"}
+                for q, good, bad in found]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "text":
+        path.write_text("\n<|endoftext|>\n".join(f"{q}\n" + f"{good}\n" * 3 for q, good, _ in found))
+    else:
+        split = [(*q.split("\n"), "")[:2] for q, _, _ in found]
+        path.write_text(json.dumps([f"\n\nHuman: {q}\n\nAssistant: {good}" for q, good, _ in found] if kind == "list" else [
+            {"instruction": a, "input": b, "output": good} for (a, b), (_, good, _) in zip(split, found)]))
+    return str(path)
+
+
+PAIRED = {"val_logp_accuracy", "val_chosen_logps", "val_rejected_logps"}
+
+
+def test_dialogues_alone_train_as_those_of_pairs(tmp_path, no_pictures, capsys):
+    """To the bit, and stopped and resumed: a list of dialogues, and Alpaca's rows, are the chosen half of pairs. What needs the
+    other half is left out."""
+    cfg, found = replace(TINY, steps=2, eval_every=2, micro_batch=2, eval_samples=5, eval_answers=1), {}
+    for kind in ("pairs", "list", "alpaca"):
+        for stop in (None,) if kind == "pairs" else (1, None):
+            train_sft.main(replace(cfg, data=written(tmp_path, kind), out=str(tmp_path / kind), stop_at=stop,
+                                   resume=kind != "pairs" and stop is None))
+        config = json.loads((tmp_path / kind / "config.json").read_text())
+        assert ("baseline_longer_wins" in config) == (kind == "pairs") and config["baseline_unigram_loss"] > 0
+        found[kind] = [without_time(e) for e in metrics(tmp_path / kind)], (tmp_path / kind / "samples.txt").read_text()
+        said = capsys.readouterr().out
+        assert ("longer-wins" in said, "likelier" in said, "5 held-out pairs: " in said) == (kind == "pairs",) * 3
+    assert PAIRED < found["pairs"][0][0].keys()
+    expected = [{k: v for k, v in e.items() if k not in PAIRED} for e in found["pairs"][0]], found["pairs"][1]
+    assert found["list"] == found["alpaca"] == expected
+
+
+def test_plain_text_is_scored_as_transformers_scores_it(tmp_path, no_pictures):
+    """Before the first step: each held-out block alone, every token but its first."""
+    gpt.torch.manual_seed(5)
+    gpt.export(gpt.load("mini"), tmp_path / "hf")
+    path = written(tmp_path, "text")
+    train_sft.main(replace(TINY, steps=0, init=str(tmp_path / "hf"), data=f"{path},{path}", loss_on="all", block_size=128,
+                           eval_samples=1000, eval_answers=0, out=str(tmp_path / "run")))
+    encoding, hf = data.tokenizer(2048), transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    texts = [part.strip() for part in Path(path).read_text().split("<|endoftext|>")]
+    line = torch.tensor([t for text in texts for t in [*encoding.encode(text), 2047]])
+    nll = scored = 0
+    for block in line.split(128):
+        with torch.no_grad():
+            nll, scored = nll + hf(block[None], labels=block[None]).loss.item() * (len(block) - 1), scored + len(block) - 1
+    event, = metrics(tmp_path / "run")
+    assert event["val_loss"] == pytest.approx(nll / scored, abs=1e-5) and scored > 4000   # fp32 sums
+    assert not PAIRED & event.keys()
+
+
 # ---- worked by hand ------------------------------------------------------------------------------------------------------
 
 def test_counters_by_hand(tmp_path, no_pictures):
@@ -215,6 +276,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at
     assert str(a["optimizer"]) == str(b["optimizer"]) and torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
     assert list(map(without_time, metrics(tmp_path / "whole"))) == list(map(without_time, metrics(tmp_path / "cut")))
     assert (tmp_path / "whole" / "samples.txt").read_text() == (tmp_path / "cut" / "samples.txt").read_text()
+
+
+def test_plain_text_resumes_bit_for_bit(tmp_path, no_pictures):
+    cfg = replace(TINY, steps=3, eval_every=3, micro_batch=2, eval_samples=2, eval_answers=1, loss_on="all", block_size=128,
+                  data=written(tmp_path, "text"))
+    for name, stops in (("whole", [None]), ("cut", [1, None])):
+        for stop in stops:
+            train_sft.main(replace(cfg, out=str(tmp_path / name), stop_at=stop, resume=name == "cut" and stop is None))
+    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    assert list(map(without_time, metrics(whole))) == list(map(without_time, metrics(cut))) and metrics(cut)[-1]["step"] == 3
+    assert (whole / "samples.txt").read_text() == (cut / "samples.txt").read_text() != ""
+    a, b = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole, cut))
+    assert all(torch.equal(a[key], b[key]) for key in a) and gpt.load(str(whole)).config.block_size == 128
 
 
 def test_checkpointed_activations_change_no_run(tmp_path, no_pictures):
