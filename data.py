@@ -245,6 +245,8 @@ def load_pairs(name, splits=("train", "valid"), half="all", need="pair"):
         raise InputError(f"--data {name}: plain text has no responses: it is for train_sft.py --loss-on all")
     if forms - {"pairs"} and need == "pair":
         raise InputError(f"--data {name} has no pairs: chosen and rejected responses are needed here, in HH-RLHF's format")
+    if "stretches" in forms and "valid" in found:   # else the first few hundred blocks, which evaluations take, would be of the
+        random.Random(0).shuffle(found["valid"])    # first documents; training mixes blocks anyway
     if half != "all" and "train" in found:
         found["train"] = [p for p in found["train"] if (_draw(p, "half") < 0.5) == (half == "sft")]
     for split, pairs in found.items():
@@ -367,8 +369,7 @@ class Tokens:
 
 def tokenize(pairs, vocab_size, block_size):
     """encode(), kept on disk by the content of the pairs."""
-    version = 2 if form(pairs) == "stretches" else 1   # of encode: raised when it makes other tokens
-    key = hashlib.sha256(json.dumps([version, vocab_size, block_size]).encode())
+    key = hashlib.sha256(json.dumps([1, vocab_size, block_size]).encode())
     for pair in pairs:
         key.update(repr(tuple(pair)).encode())
     cached = cache_folder() / "tokens" / f"{key.hexdigest()[:32]}.npz"
@@ -422,13 +423,11 @@ def encode(pairs, vocab_size, block_size):
 
 def encode_text(stretches, encoding, block_size):
     """Plain text -> (Tokens, Counter): all its tokens in a line, cut into blocks of block_size. Each block has up to 32 tokens as
-    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out. The
-    blocks are mixed, or the first few hundred, which evaluations take, would all be of the first documents."""
+    its prompt, for samples to go on from, and the others as its response; a last token that would be a block is left out."""
     flat = np.concatenate([np.array(encoding.encode(text, allowed_special={END}), dtype=np.uint16) for text in stretches])
     if len(flat) < 2:
         raise InputError(f"plain text of {len(flat)} tokens is too short: expected at least 2")
     blocks = [flat[i:i + block_size] for i in range(0, len(flat) - 1, block_size)]
-    random.Random(0).shuffle(blocks)
     lengths = np.array([len(block) for block in blocks])
     prompts, stops = np.minimum(32, lengths - 1), np.cumsum(lengths)
     ends = np.stack((stops - lengths + prompts, stops, stops), axis=1)

@@ -809,7 +809,7 @@ def test_blocks_by_hand():
     """258 tokens in blocks of 128: the last has 2. Of 257 it would have one, which is scored nowhere: left out."""
     for words, blocks in ((257, [[32, 96, 0], [32, 96, 0], [1, 1, 0]]), (256, [[32, 96, 0], [32, 96, 0]])):
         tokens, counts = data.encode([Pair("", " a" * 100), Pair("", " a" * (words - 100) + END)], 50257, 128)
-        assert sorted(tokens.lengths().tolist(), reverse=True) == blocks and not tokens.paired and tokens.flat.dtype == np.uint16
+        assert tokens.lengths().tolist() == blocks and not tokens.paired and tokens.flat.dtype == np.uint16
         assert sorted(tokens.flat.tolist()) == ([257] * words + [50256])[:sum(map(sum, blocks))]
         assert counts == {"blocks": len(blocks), "tokens": len(tokens.flat)}
     with pytest.raises(InputError, match="text of 1 tokens is too short"):
@@ -819,18 +819,20 @@ def test_blocks_by_hand():
 
 @pytest.mark.parametrize("size", [2048, 50257])
 def test_plain_text_agrees_with_another_library(size, gpt2_bpe, tmp_path):
-    """Given as TRAIN,VALID nothing is split: the documents in a line, each closed by end-of-text, cut every 200 tokens, and the
-    blocks mixed, so that the first few are of the whole text."""
+    """Given as TRAIN,VALID nothing is split: the documents in a line, each closed by end-of-text, cut every 200 tokens. Of valid
+    the documents are mixed, so that the first few blocks are of the whole text."""
     rows = lines(400)
     documents = ["\n".join(rows[i:i + 5]) for i in range(0, 400, 5)]   # none is longer than a fiftieth of all
     (tmp_path / "a.txt").write_text(f"\n{END}\n".join(documents), encoding="utf-8")
     config = SimpleNamespace(vocab_size=size, block_size=200)
     train, valid, counts = data.load(f"{tmp_path}/a.txt,{tmp_path}/a.txt", config, need="all")
     expected = [t for text in documents for t in [*gpt2_bpe[size](text), size - 1]]
-    assert same(train, valid) and len(train) == math.ceil(len(expected) / 200) > 10
     blocks = [expected[i:i + 200] for i in range(0, len(expected), 200)]
-    found = [blocks.index(np.concatenate(train[i]).tolist()) for i in range(len(train))]
-    assert sorted(found) == list(range(len(blocks))) and abs(np.mean(found[:8]) / len(blocks) - 0.5) < 0.3
+    assert [np.concatenate(train[i]).tolist() for i in range(len(train))] == blocks and len(blocks) > 10
+    assert len(valid) == len(train) and Counter(valid.flat.tolist()) == Counter(expected)
+    mixed = data.load_pairs(f"{tmp_path}/a.txt,{tmp_path}/a.txt", need="all")[0]
+    places = [mixed["train"].index(pair) for pair in mixed["valid"]]
+    assert sorted(places) == list(range(80)) and abs(np.mean(places[:20]) / 80 - 0.5) < 0.3
     assert counts["train blocks"] == len(train) and counts["valid tokens"] == len(expected) and counts["train stretches"] == 80
 
 
