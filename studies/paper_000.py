@@ -67,7 +67,8 @@ def batches(lab, n):
          Claim("at 1,024 it decreases more rapidly: faster convergence",
                f"per update {spread(faster, 1)} times faster; per dialogue {spread(in_samples)} times as fast (batch 4's rate "
                f"for both: {spread(at_one_rate)})",
-               "reproduced" if min(in_samples) > 1 else "partly")],
+               "reproduced" if holds([x and x > 1 for x in in_samples]) == "reproduced" else
+               "partly" if verdict(faster, 2) == "reproduced" else "not reproduced")],
         draw, numbers={"rates": rates, "grids": grids})
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def scores(lab, n):
     def one(seed):
         start = text_start(lab, seed)
         sft = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", start, "--seed", seed, "--epochs", 1, "--data",
-                          files("valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
+                          files(lab, "valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
         judge = lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", sft, "--seed", seed)
         return lab.judged(f"000-table1/judged-s{seed}", {"original": f"{start}/best.pt", "SFT": f"{sft}/best.pt"}, judge)
     found = lab.map(one, [(seed,) for seed in range(1, n + 1)])

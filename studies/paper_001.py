@@ -113,7 +113,8 @@ def speedup_at_one_rate(lab, n):
             for i, (name, values) in enumerate(bars.items()):
                 values = [x for x in values if x]
                 axis.plot([i] * len(values), values, ".", color=plots.COLORS[name.split(",")[0]])
-                axis.plot(i, statistics.median(values), "_", color="#222222", markersize=16)
+                if values:
+                    axis.plot(i, statistics.median(values), "_", color="#222222", markersize=16)
             axis.axhline(2, color="#8c8c8c", linestyle="--", linewidth=1, label="the report: about 2")
             axis.axhline(1, color="#8c8c8c", linewidth=0.8)
             axis.set_xticks(range(len(bars)), list(bars), rotation=20, ha="right", fontsize=8)
@@ -344,7 +345,7 @@ def variances(lab, n):
     def ratio(where, name, key):
         """Of a seed's mean over its probes after the warm-up, to AdamW's."""
         def mean(events):
-            found = [e[key] for e in optimizers.after_warmup(events)]
+            found = [e[key] for e in events if "displacement_rms" in e and e["step"]]   # step 0 is in the warm-up
             return statistics.fmean(statistics.fmean(x) if isinstance(x, list) else x for x in found)
         return [mean(b) / mean(a) for a, b in zip(probes[where, "adamw"], probes[where, name])]
     places = list(dict.fromkeys(where for where, _ in probes))
@@ -407,7 +408,7 @@ def overhead(lab, n):
     """The 2 % of section 5.5: what K updates cost beside one, at gpt2's shape (studies.bench pma)."""
     path = HERE / "results/bench/pma.json"
     if not path.exists():
-        if lab.stop.is_set():
+        if lab.stop.is_set() or lab.quick:
             raise TimeUp
         bench.main(["pma", "--out", str(path)])   # on both cores, five minutes
     sides = json.loads(path.read_text())["found"]
@@ -481,8 +482,7 @@ def schedule_ablation(lab, n):
                f"at one rate {spread(faster['adamw-pma-schedule'])} times as fast; "
                f"with own rates {spread(faster_own['adamw-pma-schedule'])}, last losses " + ", ".join(
                    f"{name} {three(values)}" for name, values in ends.items()),
-               "reproduced" if max(faster["adamw-pma-schedule"]) < 1 and max(faster_own["adamw-pma-schedule"]) < 1
-               else "partly" if max(faster["adamw-pma-schedule"]) < 1 else "not reproduced")],
+               two_verdicts(faster["adamw-pma-schedule"], faster_own["adamw-pma-schedule"], 0.8))],
         draw, numbers={"rates": rates, "speedup": faster, "speedup_own": faster_own, "last": ends})
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def helpful(name):
 def reward_model(lab, seed):
     """The judge: a reward model on the demo's SFT model's place, a model trained on plain text and tuned on all data."""
     start = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", text_start(lab, seed), "--seed", seed, "--epochs", 1,
-                        "--data", files("valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
+                        "--data", files(lab, "valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
     return lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", start, "--seed", seed)
 
 

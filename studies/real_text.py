@@ -31,7 +31,7 @@ def write_data(folder):
 
 def text_start(lab, seed):
     """One pass over the training dialogues as plain text."""
-    return lab.trained(f"real/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files("hh-valid", "txt", "hh-train"),
+    return lab.trained(f"real/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files(lab, "hh-valid", "txt", "hh-train"),
                        "--loss-on", "all", "--micro-batch", 4, "--epochs", 1, "--eval-every", 100, "--eval-samples", 40,
                        "--eval-answers", 0, "--lr", 4e-3, "--warmup", 20)
 
@@ -45,8 +45,8 @@ SFT = Comparison("real/sft", "train_sft.py", [*FAIR, "--micro-batch", 4, "--accu
 
 def sft_start(lab, seed):
     return lab.trained(f"real/sft-s{seed}", "train_sft.py", "--init", text_start(lab, seed), "--seed", seed, "--data",
-                       files("hh-valid", train="hh-train"), "--micro-batch", 16, "--epochs", 1, "--lr", 1e-3, "--eval-every", 62,
-                       "--eval-answers", 0)
+                       files(lab, "hh-valid", train="hh-train"), "--micro-batch", 16, "--epochs", 1, "--lr", 1e-3,
+                       "--eval-every", 62, "--eval-answers", 0)
 
 
 DPO = Comparison("real/dpo", "train_dpo.py", [*FAIR, "--micro-batch", 8, "--accumulate", 2, "--steps", 60, "--warmup", 5,

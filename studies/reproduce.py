@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 from collections.abc import Callable
 
+import plots
 from files import InputError, write_atomically
 from runs import one_line
 from studies import gpu, paper_000, paper_001, paper_002, real_text
@@ -128,12 +129,16 @@ def quick():
     with tempfile.TemporaryDirectory() as folder:
         lab = Bench(folder, quick=True)
         lab.runs = Path(folder) / "runs"
-        write_data()
+        write_data(few=64)
+        plots.draw = lambda folder: None   # of every run at every evaluation, which would take most of the time
         for name, item in ITEMS.items():
             if name == "real":   # needs files that are not here
                 continue
             began = time.time()
-            found = item.work(lab, 1)
+            try:
+                found = item.work(lab, 1)
+            except TimeUp:   # it stands on a result that is not there yet
+                continue
             save(lab, name, 1, found)
             print(f"{name}: {len(found.claims)} claims, {time.time() - began:.0f} s", flush=True)
 

@@ -2,6 +2,7 @@
 What the items of studies/reproduce.py share: runs that differ in a method, each method at a learning rate of its own; judgements
 of answers; claims with their verdicts; curves.
 """
+import contextlib
 import importlib
 import json
 import math
@@ -53,7 +54,8 @@ class Found(NamedTuple):
 # runs
 
 class Bench(Lab):
-    """The lab of all items. quick: every run has two steps and stays in this process, every method one rate; nothing is kept."""
+    """The lab of all items. quick: every run has two short steps on little data and stays in this process, every method has one
+    rate, and nothing is kept."""
 
     def __init__(self, results, quick=False, hh=None):
         super().__init__(results, RUNS, KEPT, ("optimizer", "lr", "seed", "accumulate"), brief="/valid/")
@@ -76,10 +78,13 @@ class Bench(Lab):
     def in_process(self, name, script, *flags):
         if name not in self.found:
             script = importlib.import_module(script.removesuffix(".py"))
-            short = ["--steps", 2, "--warmup", 0, "--eval-every", 1, "--eval-samples", 16, "--keep-every", 1, "--log-every", 1]
+            short = ["--steps", 2, "--warmup", 0, "--eval-every", 1, "--eval-samples", 8, "--keep-every", 1, "--log-every", 1,
+                     "--micro-batch", 2, "--accumulate", 2]
             probes = ["--variance-every", 1] if "--variance-every" in flags else []
+            rows = [] if "--data" in flags else ["--data", files(self, "valid")]
             out = ["--out", f"{self.runs}/{name}", "--overwrite"]
-            script.main(runs.parse(script.Config, [str(flag) for flag in (*flags, *short, *probes, *out)]))
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                script.main(runs.parse(script.Config, [str(flag) for flag in (*flags, *short, *probes, *rows, *out)]))
             self.found[name] = self.summary(self.folder(name))
         return self.found[name]
 
@@ -92,7 +97,9 @@ class Bench(Lab):
             raise TimeUp
         out = f"{self.runs}/{name}"
         if self.quick:
-            eval_reward.main(eval_reward.Config(models=tuple(models.values()), judge=judge, out=out, show=0, limit=8))
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                eval_reward.main(eval_reward.Config(models=tuple(models.values()), judge=judge, out=out, show=0, limit=4,
+                                                    max_new_tokens=8))
         else:
             command = [sys.executable, "eval_reward.py", "--models", ",".join(models.values()), "--judge", judge, "--out", out,
                        "--show", "0"]
@@ -111,25 +118,26 @@ class Bench(Lab):
         return [function(*job) for job in jobs] if self.quick else super().map(function, jobs)
 
 
-def write_data():
+def write_data(few=None):
     """minihh's splits as files under RUNS: pairs, and plain text (every dialogue with either response); and two parts of train:
     its first 800 pairs, and a quarter of it without refusals."""
     found = {split: minihh.examples(split) for split in ("train", "valid", "test")}
     helpful = [e for e in found["train"] if e.skill != "refusal"]
     found |= {"few": found["train"][:800], "helpful": helpful[:len(found["train"]) // 4]}
-    for name, examples in found.items():
-        rows = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in examples]
+    for name, examples in found.items():   # few: so many rows of each, for quick
+        rows = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in examples[:few]]
         for kind, text in (("jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
                            ("txt", "".join(row["chosen"] + row["rejected"] for row in rows) + "\n")):
-            path = HERE / RUNS / f"{name}.{kind}"
+            path = HERE / RUNS / ("quick" if few else "") / f"{name}.{kind}"
             if not path.exists() or path.read_text() != text:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
 
 
-def files(split, kind="jsonl", train="train", prefix=""):
+def files(lab, split, kind="jsonl", train="train", prefix=""):
     """TRAIN,VALID of --data, with a split in the place of valid."""
-    return f"{RUNS}/{train}.{kind},{RUNS}/{prefix}{split}.{kind}"
+    folder = RUNS / "quick" if lab.quick else RUNS
+    return f"{folder}/{train}.{kind},{folder}/{prefix}{split}.{kind}"
 
 
 def sft_start(lab, seed):
@@ -147,8 +155,8 @@ def sft_start(lab, seed):
 def text_start(lab, seed):
     """A model that was trained on plain text, every dialogue with its good and its bad response: what a pre-trained GPT-2 is
     here."""
-    return lab.trained(f"start/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files("valid", "txt"), "--loss-on", "all",
-                       "--micro-batch", 4, "--epochs", 1, "--eval-every", 100, "--eval-samples", 60, "--eval-answers", 0,
+    return lab.trained(f"start/text-s{seed}", "train_sft.py", "--seed", seed, "--data", files(lab, "valid", "txt"), "--loss-on",
+                       "all", "--micro-batch", 4, "--epochs", 1, "--eval-every", 100, "--eval-samples", 60, "--eval-answers", 0,
                        "--lr", 4e-3, "--warmup", 20)
 
 
@@ -169,7 +177,7 @@ class Comparison(NamedTuple):
         tuning = self.tuning if split == "valid" else []
         slug = label.replace(", ", "-").replace(" ", "-")
         return lab.made(f"{self.name}/{split}/{slug}-{lr:g}-s{seed}", self.script, *self.flags, *self.methods[label][1], *tuning,
-                        "--lr", lr, "--seed", seed, "--data", files(split, **self.data), *init)
+                        "--lr", lr, "--seed", seed, "--data", files(lab, split, **self.data), *init)
 
     def last(self, run):
         return math.inf if "diverged" in run else [e[self.loss] for e in run["events"] if self.loss in e][-1]
