@@ -15,8 +15,10 @@ test: .venv/ready   ## ruff and the whole test suite, in two processes of one th
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-check: .venv/ready  ## slow checks: runs that are killed, files that are damaged; a part of python -m studies.faults, 2 minutes
+check: .venv/ready  ## slow checks: killed runs and damaged files, every study in short, wrong solutions of the exercises
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.faults --quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.reproduce --quick
+	OMP_NUM_THREADS=1 $(BIN)/python exercises/mutants.py
 
 # Made once, and again when what it installs has changed.
 .venv/ready: requirements.txt requirements-dev.txt constraints.txt
