@@ -4,7 +4,7 @@ exercises, and the runner tells what is caught from what survives, and leaves no
 
     python -m pytest -q tests/test_mutants.py
 
-That the tests catch them all is no test of ours, but a run of ten minutes: python exercises/mutants.py
+That the tests catch them all is no test of ours, but a run of up to ten minutes: python exercises/mutants.py
 """
 import ast
 import collections
