@@ -171,6 +171,22 @@ def test_plain_sgd_by_hand():
     assert found["displacement_variance_relative"] == pytest.approx(found["grad_variance_relative"])
 
 
+@pytest.mark.parametrize("name, u", [("sgd", [3.0, -2.0, 0.5, 4.0, -1.0]), ("lion", [1, -1, 1, 1, -1]),
+                                     ("lion-pma", [1, -1, 1, 1, -1]), ("adamw", [1, -1, 1, 1, -1])])
+def test_u_points_uphill_by_hand(name, u):
+    """From an empty state: SGD's u is the gradient, Lion's and Adam's its signs, at whatever rate; a step goes lr_t against it.
+    No variance sees a sign, so that the probe's numbers are no proof of it."""
+    model, K, lr = Linear(), 4, 0.25
+    optimizer = optim.OPTIMIZERS[name].make(model.parameters(), lr, optim.OPTIMIZERS[name].betas, K)
+    walker = variance.Walker(optimizer, [model.a, model.b])
+    gradients = [torch.tensor([3.0, -2.0, 0.5]).double(), torch.tensor([4.0, -1.0]).double()]
+    assert torch.cat(walker.update(gradients)).tolist() == pytest.approx(u, rel=1e-6)   # Adam's eps of 1e-8 takes a little
+    assert not torch.cat(walker.params).any()   # it stayed where it was
+    walker.step(gradients)
+    rate = lr / K if name == "lion-pma" else lr
+    assert torch.cat(walker.params).tolist() == pytest.approx([-rate * x for x in u], rel=1e-6)
+
+
 def test_gradients_are_clipped_as_the_run_clips_them():
     """Gradients near (1, 1, 1, 1, 1) and, elsewhere in the model, (3, 4): the norm is over all parameters, not over the block."""
     model, other = Linear(), torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
@@ -215,6 +231,29 @@ def test_probing_changes_nothing(name):
             optimizer.zero_grad()
             model.loss(x + 1).backward()
             optimizer.step()
+
+
+def test_the_scale_of_float16s_losses_is_taken_out_again():
+    """A power of two costs no digit. Were it left in, relative variances would not tell."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = Linear()
+        optimizer = optim.make("adamw-pma", model, 0.01, None, 0.0, 2)
+        found.append(variance.measure(optimizer, model, Draws(model, 2), 2, 1, [0], grad_clip=1.0, scale=scale))
+    assert found[0] == found[1]
+
+
+def test_the_displacement_is_without_agmas_perturbation():
+    """The noise is no part of u. Two steps were done: at K = 2 the next one is large, after which it falls."""
+    found = []
+    for name in ("agma", "agma-perturb"):
+        model = Linear()
+        optimizer = optim.make(name, model, 0.01, None, 0.0, 2)
+        for _ in range(2):
+            model.a.grad, model.b.grad = torch.ones(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+            optimizer.step()
+        found.append(variance.measure(optimizer, model, Draws(model, 2), 2, 1, [0]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["agma-perturb", "lion"])
