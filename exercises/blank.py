@@ -8,7 +8,7 @@ its file are the grader.
     python exercises/blank.py lora.py LoRALinear.forward merge --to FOLDER
 
 What stays is the signature, the docstring and every other byte of the file. Comments in the body go with it, since they tell how
-it is done. exercises/solutions.py and the test that reads it are not in a copy that is handed out.
+it is done. What holds answers (solutions.py, mutants.py, their tests) is not in a copy that is handed out.
 """
 import argparse
 import ast
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "runs", "hh", "__pycache__", ".pytest_cache", ".ruff_cache")   # where there is no git to ask
-TEACHERS = ("exercises/solutions.py", "tests/test_exercises.py")
+TEACHERS = ("exercises/solutions.py", "exercises/mutants.py", "tests/test_exercises.py", "tests/test_mutants.py")
 
 
 class Exercise(NamedTuple):

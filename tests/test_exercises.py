@@ -165,7 +165,8 @@ def test_an_exercise_is_a_copy_that_differs_in_one_file(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"graded by: cd '{tmp_path / 'a b'}' && {shlex.quote(sys.executable)} -m pytest -q tests/test_optim.py" in said
     found = {p.relative_to(tmp_path / "a b") for p in (tmp_path / "a b").rglob("*") if p.is_file()}
-    assert set(blank.held()) - found == {Path("exercises/solutions.py"), Path("tests/test_exercises.py")} & set(blank.held())
+    assert set(blank.held()) - found == {Path(name) for name in (
+        "exercises/solutions.py", "exercises/mutants.py", "tests/test_exercises.py", "tests/test_mutants.py")} & set(blank.held())
     changed = [name for name in found if (tmp_path / "a b" / name).read_bytes() != (ROOT / name).read_bytes()]
     assert changed == [Path("optim.py")]
     text = (tmp_path / "a b/optim.py").read_text()
