@@ -264,7 +264,8 @@ def lora(lab, n):
                holds([abs(saved[16] - 3.62) < 1, saved[1] >= saved[16]])),
          Claim("LoRA is underfitted: full tuning converges faster and further", "test loss above full's: " + ", ".join(
              f"{name} {mean_range(values)}" for name, values in less.items()), holds([x > 0 for v in less.values() for x in v])),
-         Claim("LoRA's answers score better than full tuning's, though its loss is higher", "right answers less full's: " + ", ".join(
+         Claim("LoRA's answers score better than full tuning's, though its loss is higher",
+               "right answers less full's: " + ", ".join(
              f"{name} {mean_range(values)}" for name, values in right.items()),
              holds([x > 0 for v in right.values() for x in v]),
              f"right answers, rank 16 less full: {mean_range(right['r16-none'])}")],
