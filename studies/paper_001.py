@@ -105,7 +105,7 @@ def speedup_at_one_rate(lab, n):
         for axis, runs, key, title in ((axes[0], sft, "val_loss", "SFT, one rate"),
                                        (axes[1], dpo, "val_dpo_loss", "DPO, one rate")):
             curves(axis, runs, "samples", key, colors={name: plots.COLORS[name.removesuffix("-8")] for name in runs})
-            axis.set_title(f"{title}, below the baseline's best (y axis does not start at 0)", fontsize=9)
+            axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
             plots.finish(axis, "examples seen (FLOPs: the same up to a constant)", "held-out loss")
         for axis, task in zip(axes[2:], ("sft", "dpo")):
             bars = {**{f"{pma}, one rate": faster[task.upper(), pma] for pma in ("adamw-pma", "lion-pma")},
@@ -118,7 +118,7 @@ def speedup_at_one_rate(lab, n):
             axis.axhline(2, color="#8c8c8c", linestyle="--", linewidth=1, label="the report: about 2")
             axis.axhline(1, color="#8c8c8c", linewidth=0.8)
             axis.set_xticks(range(len(bars)), list(bars), rotation=20, ha="right", fontsize=8)
-            axis.set_title(f"{task.upper()}: speedup over the same optimizer with accumulation", fontsize=9)
+            axis.set_title(f"{task.upper()}: speedup over accumulation", fontsize=9)
             plots.finish(axis, "", "in examples, to equal loss")
         figure.savefig(path, dpi=110)
     return Found(

@@ -56,7 +56,8 @@ DPO = Comparison("real/dpo", "train_dpo.py", [*FAIR, "--micro-batch", 8, "--accu
 
 def real(lab, n):
     """PMA against AdamW in SFT; CDPO against DPO."""
-    write_data(lab.hh)
+    if not lab.stop.is_set():
+        write_data(lab.hh)
 
     def split(comparison):   # lab.search tunes on valid; what is reported is read on test
         return comparison._replace(data=comparison.data | {"prefix": "hh-"})

@@ -157,7 +157,9 @@ def main():
     parser.add_argument("--results", default=RESULTS, help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="two steps a run, nothing kept")
     options = parser.parse_args()
-    names = list(ITEMS) if options.items == ["all"] else options.items
+    names = options.items
+    if names == ["all"]:   # real only where its files are given
+        names = [name for name in ITEMS if name != "real" or options.hh or options.report or options.scale == "gpu"]
     for name in names:
         if name not in ITEMS:
             raise InputError(f"no item {name!r}: expected all or {', '.join(ITEMS)}")

@@ -169,7 +169,8 @@ def test_a_table_by_hand(tmp_path):
     assert page.read_text() == "above\n<!-- claims -->\nnew\n<!-- /claims -->\nbelow\n"
 
 
-PENDING = set()   # items that were not run yet
+PENDING = {"000-fig1", "000-fig7", "001-fig5", "001-fig7", "001-fig8", "001-fig9", "001-fig10", "001-time", "002-fig1-2",
+           "002-lr", "002-fig3-4", "002-fig8-9", "002-accumulation", "real"}   # items that were not run yet
 
 
 def test_what_is_pending_is_said():
