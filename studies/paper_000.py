@@ -26,7 +26,6 @@ def batches(lab, n):
     half = {label: BATCHES._replace(tuning=["--steps", steps // 2]) for label, steps in BATCH_STEPS.items()}
     whole = BATCHES._replace(methods={label: (power, [*flags, "--steps", BATCH_STEPS[label]])
                                       for label, (power, flags) in BATCHES.methods.items()})
-    text_start(lab, 1)
     grids = dict(zip(half, lab.map(lambda label: half[label].grid(lab, label), [(label,) for label in half])))
     rates = {label: min(grid, key=grid.get) for label, grid in grids.items()}
     own = whole.at(lab, rates, n)
@@ -216,7 +215,7 @@ def cdpo(lab, n):
                 points = [(e["val_reward_accuracy"], e["val_full_kl"]) for e in run["events"] if "val_full_kl" in e]
                 axes[4].plot(*zip(*points), color=color(label, own), linewidth=0.8, alpha=0.7)
         axes[4].set_title("distance from the reference against accuracy", fontsize=9)
-        plots.finish(axes[4], "held-out accuracy", "KL(ref || pi) a position", legend=False)
+        plots.finish(axes[4], "held-out accuracy", "KL(ref ‖ pi) a position", legend=False)
         for label, runs in shared.items():
             steps, mean, low, high = zip(*runs[1]["band"])
             axes[5].plot(steps, [x / mean[0] for x in mean], color=color(label, shared), linewidth=0.9, label=label)
@@ -239,7 +238,7 @@ def cdpo(lab, n):
                + ", ".join(f"{three(accuracy[way])} (gamma {way.split()[-1]})" for way in ways), verdict(faster[one], 2),
                f"{spread(faster[one])} times as fast as DPO"),
          Claim("CDPO keeps the policy near the reference on out-of-sequence tokens",
-               f"at equal accuracy KL(ref || pi) over the whole vocabulary is {all_ways(equal['val_full_kl'])} times DPO's, the "
+               f"at equal accuracy KL(ref ‖ pi) over the whole vocabulary is {all_ways(equal['val_full_kl'])} times DPO's, the "
                f"entropy {all_ways(equal['policy_entropy'], 3)} times", verdict(equal["val_full_kl"][one], 0.5),
                f"{spread(equal['val_full_kl'][one])} times DPO's distance at equal accuracy"),
          Claim("accuracy rises while the DPO loss does not always fall",

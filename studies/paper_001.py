@@ -90,7 +90,6 @@ def dpo_at_one_rate(lab, n):
 def speedup_at_one_rate(lab, n):
     """Figures 1, 11 and 12: steps, samples, FLOPs and updates to equal loss at one rate, SFT and DPO; and at own rates, from
     results/optimizers."""
-    text_start(lab, 1)
     sft = {name: runs for base, pma in BASES for name, runs in below(lab, SFT, f"{base}-8", f"{pma}-8", n)[0].items()}
     dpo, dpo_rates = dpo_at_one_rate(lab, n)
     faster = {(task, pma): speedups(runs[pma + end], runs[base + end], key) for task, runs, end, key in (

@@ -39,14 +39,13 @@ def reward_model(lab, seed):
 
 def long_runs(lab, n, which):
     """{label: {seed: (run, {step: its judgement})}} of a long run with kept checkpoints."""
-    text_start(lab, 1)
     grid = ONE.grid(lab, "all data")
     lr = min(grid, key=grid.get)
 
     def one(name, label, seed):
         comparison = ONE if label == "all data" else helpful("002-fig8")
-        run = comparison.run(lab, label, lr, seed)
-        folder = f"{lab.runs}/{comparison.name}/test/{label.replace(' ', '-')}-{lr:g}-s{seed}"
+        command = comparison.command(lab, label, lr, seed)
+        run, folder = lab.made(*command), lab.trained(*command)
         judge = reward_model(lab, seed)
         steps = (1, 2) if lab.quick else range(KEPT, STEPS + 1, KEPT)
         models = {"0": f"{text_start(lab, seed)}/best.pt", **{str(s): f"{folder}/step-{s}.pt" for s in steps}}

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 from collections.abc import Callable
@@ -60,20 +61,37 @@ class Bench(Lab):
     def __init__(self, results, quick=False, hh=None):
         super().__init__(results, RUNS, KEPT, ("optimizer", "lr", "seed", "accumulate"), brief="/valid/")
         self.quick, self.hh = quick, hh   # hh: a folder of HH-RLHF's files
+        self.makers, self.making = {}, threading.RLock()   # folder of a run whose weights others begin with -> what makes it
 
     def made(self, name, script, *flags):
         """A run's findings, or TimeUp."""
+        if name not in self.found:
+            self.provide(*flags)
         found = self.in_process(name, script, *flags) if self.quick else self.run(name, script, *flags)
         if found is None:
             raise TimeUp
         return found
 
-    def trained(self, name, script, *flags):
-        """As made(), where best.pt is needed. -> its folder, as a flag."""
-        found = self.in_process(name, script, *flags) if self.quick else self.weights(name, script, *flags)
-        if found is None:
-            raise TimeUp
-        return f"{self.runs}/{name}"
+    def trained(self, name, script, *flags, by=None):
+        """The folder of a run whose weights are needed: made when a run or a judgement that is not there yet asks for it. by: the
+        lab that makes it, if it is another study's."""
+        lab = by or self
+
+        def make():
+            self.provide(*flags)
+            return self.in_process(name, script, *flags) if self.quick else lab.weights(name, script, *flags)
+        with self.making:
+            self.makers.setdefault(f"{lab.runs}/{name}", make)
+        return f"{lab.runs}/{name}"
+
+    def provide(self, *flags):
+        """Make the runs that stand among these flags, themselves or a file in them; each once."""
+        for folder in list(self.makers):
+            if any(str(flag) == folder or str(flag).startswith(folder + "/") for flag in flags):
+                with self.making:   # another thread may want the same
+                    if self.makers[folder] and self.makers[folder]() is None:
+                        raise TimeUp
+                    self.makers[folder] = None
 
     def in_process(self, name, script, *flags):
         if name not in self.found:
@@ -95,6 +113,7 @@ class Bench(Lab):
             return self.found[name]
         if self.stop.is_set():
             raise TimeUp
+        self.provide(*models.values(), judge)
         out = f"{self.runs}/{name}"
         if self.quick:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -146,10 +165,7 @@ def sft_start(lab, seed):
         return lab.trained(f"start/sft-s{seed}", "train_sft.py", "--seed", seed)
     other = seeds.new_lab("results/seeds")
     other.stop, other.children, other.lock = lab.stop, lab.children, lab.lock
-    name = seeds.folder("sft", seed)
-    if not other.weights(name, "train_sft.py", "--seed", seed):
-        raise TimeUp
-    return f"{seeds.RUNS}/{name}"
+    return lab.trained(seeds.folder("sft", seed), "train_sft.py", "--seed", seed, by=other)
 
 
 def text_start(lab, seed):
@@ -172,12 +188,16 @@ class Comparison(NamedTuple):
     data: dict = {}           # which files: arguments of files()
     tuning: list = []         # flags of the runs that tune, such as half the length
 
-    def run(self, lab, label, lr, seed, split="test"):
+    def command(self, lab, label, lr, seed, split="test"):
+        """A run's name, script and flags."""
         init = ["--init", self.start(lab, seed)] if self.start else []
         tuning = self.tuning if split == "valid" else []
         slug = label.replace(", ", "-").replace(" ", "-")
-        return lab.made(f"{self.name}/{split}/{slug}-{lr:g}-s{seed}", self.script, *self.flags, *self.methods[label][1], *tuning,
-                        "--lr", lr, "--seed", seed, "--data", files(lab, split, **self.data), *init)
+        return (f"{self.name}/{split}/{slug}-{lr:g}-s{seed}", self.script, *self.flags, *self.methods[label][1], *tuning,
+                "--lr", lr, "--seed", seed, "--data", files(lab, split, **self.data), *init)
+
+    def run(self, lab, label, lr, seed, split="test"):
+        return lab.made(*self.command(lab, label, lr, seed, split))
 
     def last(self, run):
         return math.inf if "diverged" in run else [e[self.loss] for e in run["events"] if self.loss in e][-1]
@@ -191,14 +211,10 @@ class Comparison(NamedTuple):
                 search(lambda power: self.last(self.run(lab, label, rate(power), 1, "valid")), middle).items()}
 
     def grids(self, lab):
-        if self.start:
-            self.start(lab, 1)   # before two threads ask for it
         return dict(zip(self.methods, lab.map(self.grid, [(lab, label) for label in self.methods])))
 
     def at(self, lab, rates, n):
         """{label: {seed: run}} of methods, {label: rate}, with n seeds, on test."""
-        if self.start:
-            lab.map(self.start, [(lab, seed) for seed in range(1, n + 1)])
         jobs = [(lab, label, lr, seed) for seed in range(1, n + 1) for label, lr in rates.items()]
         found = lab.map(self.run, jobs)
         return {label: {seed: run for (_, name, _, seed), run in zip(jobs, found) if name == label} for label in rates}

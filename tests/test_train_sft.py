@@ -166,15 +166,16 @@ def test_dialogues_alone_train_as_those_of_pairs(tmp_path, no_pictures, capsys):
 
 
 def test_plain_text_is_scored_as_transformers_scores_it(tmp_path, no_pictures):
-    """Before the first step: each held-out block alone, every token but its first."""
+    """Before the first step: each held-out block alone, every token but its first. Held-out documents are mixed."""
     gpt.torch.manual_seed(5)
     gpt.export(gpt.load("mini"), tmp_path / "hf")
     path = written(tmp_path, "text")
     train_sft.main(replace(TINY, steps=0, init=str(tmp_path / "hf"), data=f"{path},{path}", loss_on="all", block_size=128,
                            eval_samples=1000, eval_answers=0, out=str(tmp_path / "run")))
     encoding, hf = data.tokenizer(2048), transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    texts = [part.strip() for part in Path(path).read_text().split("<|endoftext|>")]
-    line = torch.tensor([t for text in texts for t in [*encoding.encode(text), 2047]])
+    texts = [pair.chosen for pair in data.load_pairs(f"{path},{path}", need="all")[0]["valid"]]
+    assert sorted(texts) == sorted(part.strip() + "<|endoftext|>" for part in Path(path).read_text().split("<|endoftext|>"))
+    line = torch.tensor([t for text in texts for t in encoding.encode(text, allowed_special="all")])
     nll = scored = 0
     for block in line.split(128):
         with torch.no_grad():
