@@ -259,7 +259,7 @@ def test_steps_come_from_epochs(tmp_path):
 # ---- properties ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop_at, optimizer, adapters", [
-    (5, "adamw", {}), (7, "adamw", {}), (7, "lion-pma", {}), (7, "agma-perturb", {}),
+    (5, "adamw", {}), (7, "adamw", {}), (7, "agma-perturb", {}),   # studies/faults.py has them all
     (7, "adamw-pma", {"lora_rank": 2, "lora_dropout": 0.3, "lora_bias": "all"})])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, no_pictures, stop_at, optimizer, adapters):
     """Stopped on an evaluation and between two. (Within a period, after a skipped step: tests/test_optim.py.)"""
