@@ -180,6 +180,7 @@ def schedule(lab, n):
             axis.step(range(steps), values, where="mid", color=plots.COLORS["adamw-pma"], label="AdamW-PMA, K = 16")
             level = {"factor of the old moment": BETAS[0], "factor of the new gradient": 1 - BETAS[0], "lr_t / lr": 1}[title]
             plots.baseline(axis, level, "AdamW")
+            axis.set_ylim(0, 1.3 * max(*values, level))   # room for the legend
             axis.set_title(title, fontsize=10)
             plots.finish(axis, "micro-step t", "")
         figure.savefig(path, dpi=110)
