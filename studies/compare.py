@@ -139,6 +139,11 @@ def spread(values, digits=2):
     return f"{statistics.median(there):.{digits}f} [{min(there):.{digits}f}, {max(there):.{digits}f}]{missing}"
 
 
+def mean_range(values, digits=3):
+    """Mean and range of differences, for a table."""
+    return f"{statistics.fmean(values):+.{digits}f} [{min(values):+.{digits}f}, {max(values):+.{digits}f}]"
+
+
 def as_text(table, x="samples"):
     """The table for a terminal or a report, a row a label; every entry is a median and a range over seeds."""
     base = table["baseline"]

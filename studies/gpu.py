@@ -123,7 +123,7 @@ def show(names, run):
         raise InputError("--run: expected a CUDA device, found none")
     done = set()
     for name in names:
-        print(f"\n# {name}" + (": computed or counted, no GPU needed" if name in missing else ""))
+        print(f"\n# {name}" + (": nothing for a GPU" if name in missing else ""))
         for command in RECIPES.get(name, ()):
             if command in done:
                 print(f"# as above: --out {command.split('--out ')[1]}")

@@ -148,6 +148,16 @@ class Lab:
             raise InputError(f"{name} is not what it was when {self.file} was begun: give another --results")
         return run
 
+    def judge(self, name, models, judge):
+        """The folder in which eval_reward.py leaves what this judge says of these models, on one thread. Not broken off."""
+        out = f"{self.runs}/{name}"
+        done = subprocess.run([sys.executable, "eval_reward.py", "--models", ",".join(models), "--judge", judge, "--out", out,
+                               "--show", "0"], cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise InputError(f"{name}: {done.stderr.strip()}")
+        return HERE / out
+
     def summary(self, folder, brief=False):
         """Of a run's folder: what tells it apart, its evaluations and its probes, to 5 digits."""
         def short(value):

@@ -7,8 +7,8 @@ import statistics
 import plots
 from studies import ranks
 from studies.trials import (FAIR, Claim, Comparison, Found, accuracy_speedups, at_equal, color, curves, files, holds, lasts,
-                            mean_range, sft_start, speedups, text_start, three, verdict)
-from studies.compare import spread
+                            sft_start, speedups, text_start, three, verdict)
+from studies.compare import mean_range, spread
 from studies.lab import HERE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -26,8 +26,7 @@ def batches(lab, n):
     half = {label: BATCHES._replace(tuning=["--steps", steps // 2]) for label, steps in BATCH_STEPS.items()}
     whole = BATCHES._replace(methods={label: (power, [*flags, "--steps", BATCH_STEPS[label]])
                                       for label, (power, flags) in BATCHES.methods.items()})
-    grids = dict(zip(half, lab.map(lambda label: half[label].grid(lab, label), [(label,) for label in half])))
-    rates = {label: min(grid, key=grid.get) for label, grid in grids.items()}
+    rates = dict(zip(half, lab.map(lambda label: half[label].tuned(lab, label), [(label,) for label in half])))
     own = whole.at(lab, rates, n)
     shared = whole.at(lab, {"batch 1024": rates["batch 4"]}, n)["batch 1024"]
     small, large = own["batch 4"], own["batch 1024"]
@@ -68,19 +67,24 @@ def batches(lab, n):
                f"for both: {spread(at_one_rate)})",
                "reproduced" if holds([x and x > 1 for x in in_samples]) == "reproduced" else
                "partly" if verdict(faster, 2) == "reproduced" else "not reproduced")],
-        draw, numbers={"rates": rates, "grids": grids})
+        draw, numbers={"rates": rates})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # table 1: average reward scores
 
+def judge_of(lab, seed):
+    """An SFT model of a model trained on plain text, and a reward model that begins with it."""
+    sft = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", text_start(lab, seed), "--seed", seed, "--epochs", 1,
+                      "--data", files(lab, "valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
+    return sft, lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", sft, "--seed", seed)
+
+
 def scores(lab, n):
     """Original, SFT, and the data's own answers, judged by a reward model."""
     def one(seed):
-        start = text_start(lab, seed)
-        sft = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", start, "--seed", seed, "--epochs", 1, "--data",
-                          files(lab, "valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
-        judge = lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", sft, "--seed", seed)
-        return lab.judged(f"000-table1/judged-s{seed}", {"original": f"{start}/best.pt", "SFT": f"{sft}/best.pt"}, judge)
+        sft, judge = judge_of(lab, seed)
+        models = {"original": f"{text_start(lab, seed)}/best.pt", "SFT": f"{sft}/best.pt"}
+        return lab.judged(f"000-table1/judged-s{seed}", models, judge)
     found = lab.map(one, [(seed,) for seed in range(1, n + 1)])
     columns = {f"{model}, {mode}": [row["models"][model][f"reward, {mode}"] for row in found] for model in ("original", "SFT")
                for mode in ("sampled", "greedy")}
@@ -118,13 +122,25 @@ def scores(lab, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 2 to 4: LoRA
 
-def lora_ranks(lab, n):
-    """From results/ranks, made by studies/ranks.py."""
+def rank_tests():
+    """{configuration: {seed: what test says}} of results/ranks' SFT runs, made by studies/ranks.py; and of the start."""
     study = ranks.new_lab("results/ranks")
     study.stop.set()   # it makes nothing now
-    tests = {name: ranks.tests(study, "sft", f"{name}-{min(grid, key=grid.get):g}") for name, grid in (
-        (ranks.label(*c), ranks.grid(study, "sft", *c)) for c in ranks.TASKS["sft"].configurations)}
-    start = ranks.tests(study, "sft", "start")
+    grids = {ranks.label(*c): ranks.grid(study, "sft", *c) for c in ranks.TASKS["sft"].configurations}
+    return {"start": ranks.tests(study, "sft", "start"), **{
+        name: ranks.tests(study, "sft", f"{name}-{min(grid, key=grid.get):g}") for name, grid in grids.items()}}
+
+
+def rank_costs():
+    """{configuration: what each round of studies.bench lora found} at gpt2-medium's shape, and each one's peak in GB."""
+    found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
+    return found, {name: statistics.median(one["peak_bytes"] for one in side) / 1e9 for name, side in found.items()}
+
+
+def lora_ranks(lab, n):
+    """From results/ranks."""
+    tests = rank_tests()
+    start = tests.pop("start")
     gain = {name: [(start[s]["loss"] - found[s]["loss"]) / (start[s]["loss"] - tests["full"][s]["loss"]) for s in found]
             for name, found in tests.items()}
     bias = {mode: [tests[f"r8-{mode}"][s]["loss"] - tests["r8-none"][s]["loss"] for s in tests["r8-none"]]
@@ -155,8 +171,7 @@ def lora_ranks(lab, n):
 
 
 def lora_cost():
-    found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
-    peaks = {name: statistics.median(one["peak_bytes"] for one in found[name]) / 1e9 for name in ("full", "rank 16, bias none")}
+    found, peaks = rank_costs()
     times = [sum(a["seconds"]) / sum(b["seconds"]) for a, b in zip(found["full"], found["rank 16, bias none"])]
     saved = peaks["full"] - peaks["rank 16, bias none"]
     return [Claim("rank 16 saves about 1.5 GB at gpt2-medium",

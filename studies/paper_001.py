@@ -11,11 +11,11 @@ import torch
 import optim
 import plots
 from studies import bench, optimizers
-from studies.compare import spread
+from studies.compare import mean_range, spread
 from studies.lab import HERE
 from studies.paper_000 import K, OPTIMIZERS, only
 from studies.trials import (FAIR, Claim, Comparison, Found, TimeUp, accuracy_speedups, curves, differences, holds, lasts,
-                            mean_range, sft_start, speedups, text_start, three, verdict)
+                            sft_start, speedups, text_start, three, verdict)
 
 
 BETAS = (0.9, 0.95)   # the report's for AdamW
@@ -77,8 +77,7 @@ BASES = (("adamw", "adamw-pma"), ("lion", "lion-pma"))
 
 def below(lab, comparison, base, more, n):
     """A baseline and its PMA form at one rate, 2.25 times below the baseline's own, as the report has it: runs, and the rate."""
-    grid = comparison.grid(lab, base)
-    lr = float(f"{min(grid, key=grid.get) / 2.25:.3g}")
+    lr = float(f"{comparison.tuned(lab, base) / 2.25:.3g}")
     return comparison.at(lab, {base: lr, more: lr}, n), lr
 
 
@@ -250,8 +249,7 @@ EPOCHS = Comparison(
 
 def epochs(lab, n):
     """Four passes over few pairs, at AdamW's rate for one pass, and PMA's."""
-    grids = only("adamw", "adamw-pma", "adamw-noaccum").grids(lab)
-    rates = {label: min(grid, key=grid.get) for label, grid in grids.items()}
+    rates = only("adamw", "adamw-pma", "adamw-noaccum").rates(lab)
     own = EPOCHS.at(lab, rates, n)
     shared = EPOCHS.at(lab, {"adamw-pma": rates["adamw"]}, n)["adamw-pma"]
 
@@ -330,7 +328,7 @@ def periods(lab, n):
 def variances(lab, n):
     """The variance of gradient, update and a period's displacement: probes of SFT runs here, and those of results/optimizers."""
     names = ("adamw", "adamw-pma", "adamw-noaccum")
-    rates = {f"{name}-8": min(grid, key=grid.get) for name in names for grid in [SFT.grid(lab, f"{name}-8")]}
+    rates = {f"{name}-8": SFT.tuned(lab, f"{name}-8") for name in names}
     which = SFT._replace(name="001-fig7", methods={label: (0, [*SFT.methods[label][1], "--variance-every", 25])
                                                    for label in rates})
     keys = ("update_variance", "displacement_variance_relative")
@@ -381,7 +379,7 @@ HALF = SFT._replace(name="001-fig8", methods={name: (0, [*SFT.methods[f"{name}-8
 
 def half(lab, n):
     """bfloat16 at our scale."""
-    rates = {name: min(grid, key=grid.get) for name in HALF.methods for grid in [SFT.grid(lab, f"{name}-8")]}
+    rates = {name: SFT.tuned(lab, f"{name}-8") for name in HALF.methods}
     own = HALF.at(lab, rates, n)
     shared = HALF.at(lab, dict.fromkeys(HALF.methods, float(f"{rates['adamw'] / 2.25:.3g}")), n)
     less, less_own = (differences(groups["adamw-pma"], groups["adamw"], "val_loss") for groups in (shared, own))

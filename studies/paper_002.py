@@ -10,11 +10,10 @@ import torch
 import model as gpt
 import optim
 import plots
-from studies import fits, ranks
-from studies.compare import spread
+from studies import fits, paper_000
+from studies.compare import mean_range, spread
 from studies.lab import HERE
-from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, files, holds, lasts, mean_range, speedups,
-                            text_start, three)
+from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, holds, lasts, speedups, text_start, three)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 1, 2, 8 and 9: one dialogue a step, for long; on all data and on the helpful part
@@ -25,34 +24,24 @@ ONE = Comparison("002-fig1", "train_sft.py", [*LONG, "--steps", STEPS, "--eval-e
                  {"all data": (-6, [])}, text_start, tuning=["--steps", STEPS // 4, "--eval-every", STEPS // 4])
 
 
-def helpful(name):
-    """Flags of a run on a quarter of the dialogues, none of them a refusal."""
-    return ONE._replace(name=name, methods={"helpful only": (-6, [])}, data={"train": "helpful"})
-
-
-def reward_model(lab, seed):
-    """The judge: a reward model on the demo's SFT model's place, a model trained on plain text and tuned on all data."""
-    start = lab.trained(f"000-table1/sft-s{seed}", "train_sft.py", "--init", text_start(lab, seed), "--seed", seed, "--epochs", 1,
-                        "--data", files(lab, "valid"), "--eval-answers", 0, "--eval-every", 125, "--lr", 2e-3)
-    return lab.trained(f"000-table1/reward-s{seed}", "train_reward.py", "--init", start, "--seed", seed)
+HELPFUL = ONE._replace(name="002-fig8", methods={"helpful only": (-6, [])}, data={"train": "helpful"})   # and no refusals
 
 
 def long_runs(lab, n, which):
-    """{label: {seed: (run, {step: its judgement})}} of a long run with kept checkpoints."""
-    grid = ONE.grid(lab, "all data")
-    lr = min(grid, key=grid.get)
+    """The rate, and {label: {seed: (run, {step: its judgement})}} of long runs with kept checkpoints."""
+    lr = ONE.tuned(lab, "all data")
 
-    def one(name, label, seed):
-        comparison = ONE if label == "all data" else helpful("002-fig8")
+    def one(label, seed):
+        comparison = ONE if label == "all data" else HELPFUL
         command = comparison.command(lab, label, lr, seed)
         run, folder = lab.made(*command), lab.trained(*command)
-        judge = reward_model(lab, seed)
         steps = (1, 2) if lab.quick else range(KEPT, STEPS + 1, KEPT)
         models = {"0": f"{text_start(lab, seed)}/best.pt", **{str(s): f"{folder}/step-{s}.pt" for s in steps}}
+        _, judge = paper_000.judge_of(lab, seed)
         return run, lab.judged(f"{comparison.name}/judged/{label.replace(' ', '-')}-s{seed}", models, judge)["models"]
-    jobs = [("", label, seed) for seed in range(1, n + 1) for label in which]
+    jobs = [(label, seed) for seed in range(1, n + 1) for label in which]
     found = lab.map(one, jobs)
-    return lr, {label: {seed: two for (_, name, seed), two in zip(jobs, found) if name == label} for label in which}
+    return lr, {label: {seed: two for (name, seed), two in zip(jobs, found) if name == label} for label in which}
 
 
 def draw_long(groups, path):
@@ -138,8 +127,7 @@ def helpful_only(lab, n):
 
 def divergence(lab, n):
     """10 and 100 times the rate."""
-    grid = ONE.grid(lab, "all data")
-    lr = min(grid, key=grid.get)
+    lr = ONE.tuned(lab, "all data")
     which = ONE._replace(name="002-lr", methods={f"{times} times": (0, []) for times in (1, 10, 100)},
                          flags=[*LONG, "--steps", 1000, "--eval-every", 50])
     runs = which.at(lab, {f"{times} times": float(f"{times * lr:.3g}") for times in (1, 10, 100)}, n)
@@ -217,11 +205,10 @@ def optimizers(lab, n):
 
 def accumulation(lab, n):
     """1,600 dialogues one a step, and four a step."""
-    four_rates = {"adamw": min((grid := FIVE.grid(lab, "adamw")), key=grid.get)}
+    four_rates = {"adamw": FIVE.tuned(lab, "adamw")}
     ones = Comparison("002-accumulation", "train_sft.py", [*LONG, "--steps", 1600, "--eval-every", 160],
                       {"adamw": (-6, ["--optimizer", "adamw"])}, text_start, tuning=["--eval-every", 1600])
-    grid = ones.grid(lab, "adamw")
-    one_rate = min(grid, key=grid.get)
+    one_rate = ones.tuned(lab, "adamw")
     one = ones.at(lab, {"adamw": one_rate}, n)["adamw"]
     four = FIVE.at(lab, four_rates, n)["adamw"]
     less = differences(four, one, "val_loss")
@@ -245,15 +232,10 @@ def accumulation(lab, n):
 
 def lora(lab, n):
     """From results/ranks."""
-    study = ranks.new_lab("results/ranks")
-    study.stop.set()
-    grids = {ranks.label(*c): ranks.grid(study, "sft", *c) for c in ranks.TASKS["sft"].configurations}
-    tests = {name: ranks.tests(study, "sft", f"{name}-{min(grid, key=grid.get):g}") for name, grid in grids.items()}
+    tests, (_, peaks) = paper_000.rank_tests(), paper_000.rank_costs()
     names = ("r1-none", "r2-none", "r8-none", "r16-none")
     less = {name: [tests[name][s]["loss"] - tests["full"][s]["loss"] for s in tests[name]] for name in names}
     right = {name: [tests[name][s]["right"] - tests["full"][s]["right"] for s in tests[name]] for name in names}
-    found = json.loads((HERE / "results/ranks/cost-gpt2-medium.json").read_text())["found"]
-    peaks = {name: statistics.median(one["peak_bytes"] for one in side) / 1e9 for name, side in found.items()}
     saved = {r: peaks["full"] - peaks[f"rank {r}, bias none"] for r in (1, 2, 8, 16)}
     return Found(
         "an SFT model goes on with the other half of minihh, own rates; results/ranks. "

@@ -37,7 +37,7 @@ import optim
 import plots
 import train_dpo
 import train_sft
-from studies.compare import spread
+from studies.compare import mean_range, spread
 from studies.lab import Lab, command_line, rate, rates_table, search
 
 RUNS = Path("runs/ranks")   # under the repository
@@ -208,9 +208,7 @@ def tests(lab, task, name):
 def difference(mine, theirs, key):
     """Mean and range of the paired differences over common seeds."""
     paired = [mine[seed][key] - theirs[seed][key] for seed in mine if seed in theirs]
-    if not paired:
-        return ""
-    return f"{statistics.fmean(paired):+.4f} [{min(paired):+.4f}, {max(paired):+.4f}]"
+    return mean_range(paired, 4) if paired else ""
 
 
 def results(lab, task, rates):

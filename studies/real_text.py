@@ -6,10 +6,10 @@ import json
 import data
 import plots
 from files import InputError
-from studies.compare import spread
+from studies.compare import mean_range, spread
 from studies.lab import HERE
 from studies.trials import (FAIR, RUNS, Claim, Comparison, Found, accuracy_speedups, at_equal, curves, differences, files, holds,
-                            lasts, mean_range, speedups, three, verdict)
+                            lasts, speedups, three, verdict)
 
 K = 8
 
@@ -50,7 +50,7 @@ def sft_start(lab, seed):
 
 
 DPO = Comparison("real/dpo", "train_dpo.py", [*FAIR, "--micro-batch", 8, "--accumulate", 2, "--steps", 60, "--warmup", 5,
-                                              "--eval-every", 6, "--beta", 0.1, "--lr", 1e-5, "--log-every", 1],
+                                              "--eval-every", 6, "--beta", 0.1, "--log-every", 1],
                  {"DPO": (0, []), "CDPO, gamma 1": (0, ["--loss", "cdpo"])}, sft_start, "val_dpo_loss", {"train": "hh-train"})
 
 

@@ -17,16 +17,16 @@ import json
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from collections.abc import Callable
 
 import plots
 from files import InputError, write_atomically
 from runs import one_line
 from studies import gpu, paper_000, paper_001, paper_002, real_text
 from studies.lab import HERE
-from studies.trials import Bench, TimeUp, write_data
+from studies.trials import TimeUp, Trials, write_data
 
 RESULTS = "results/reproduce"
 
@@ -35,7 +35,7 @@ class Item(NamedTuple):
     work: Callable    # (lab, seeds) -> Found
     title: str
     seeds: int
-    minutes: int      # on 2 cores, where nothing is there yet
+    minutes: int      # on 2 cores, where nothing is there yet; 0: it trains nothing, and its seeds are what they are
 
 
 ITEMS = {
@@ -47,7 +47,7 @@ ITEMS = {
     "001-fig1": Item(paper_001.speedup_at_one_rate, "PMA's speedup at one rate and at own rates (figures 1, 11, 12)", 5, 12),
     "001-fig2": Item(paper_001.schedule, "dynamic beta and learning rate, read off the optimizer", 1, 0),
     "001-table1": Item(paper_001.table1, "validation loss by optimizer and K, one pass of SFT", 3, 20),
-    "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (figures 3, 4, 13, 14)", 5, 0),
+    "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (figures 3, 4, 13, 14)", 5, 6),
     "001-fig5": Item(paper_001.epochs, "several epochs of DPO, overfitting", 3, 6),
     "001-fig6": Item(paper_001.periods, "sensitivity to K (6, 15, 16; from results/optimizers)", 3, 0),
     "001-fig7": Item(paper_001.variances, "variance of update and period", 3, 6),
@@ -127,7 +127,7 @@ def listing(lab):
 def quick():
     """Every item with runs of two steps, in this process; nothing of it is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        lab = Bench(folder, quick=True)
+        lab = Trials(folder, quick=True)
         lab.runs = Path(folder) / "runs"
         write_data(few=64)
         plots.draw = lambda folder: None   # of every run at every evaluation, which would take most of the time
@@ -145,13 +145,13 @@ def quick():
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m studies.reproduce", description=__doc__,
-                          formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("items", nargs="*", help="ids of --list, or all")
     parser.add_argument("--list", action="store_true", help="the items, and which are done")
     parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: print the paper's own commands")
     parser.add_argument("--run", action="store_true", help="with --scale gpu: run them, too")
     parser.add_argument("--hh", help="for the item real: a folder of HH-RLHF's .jsonl.gz files")
-    parser.add_argument("--seeds", type=int, help="the item's own unless given")
+    parser.add_argument("--seeds", type=int, help="of what an item trains; its own number unless given")
     parser.add_argument("--minutes", type=float, default=24 * 60, help="stop after this time; the next call goes on")
     parser.add_argument("--report", action="store_true", help="only from what is there")
     parser.add_argument("--results", default=RESULTS, help="folder of the results")
@@ -159,18 +159,20 @@ def main():
     options = parser.parse_args()
     names = options.items
     if names == ["all"]:   # real only where its files are given
-        names = [name for name in ITEMS if name != "real" or options.hh or options.report or options.scale == "gpu"]
+        names = [name for name in ITEMS if name != "real" or options.hh or options.report]
     for name in names:
         if name not in ITEMS:
             raise InputError(f"no item {name!r}: expected all or {', '.join(ITEMS)}")
     for flag, value in (("minutes", options.minutes), ("seeds", options.seeds)):
         if value is not None and not value > 0:
             raise InputError(f"--{flag}: expected a number above 0, found {value}")
+    if options.run and options.scale != "gpu":
+        raise InputError("--run goes with --scale gpu; without it, an item is run anyway")
     if options.quick:
         return quick()
     if options.scale == "gpu":
         return gpu.show(names, options.run)
-    lab = Bench(options.results, hh=options.hh)
+    lab = Trials(options.results, hh=options.hh)
     if options.list or not names:
         return listing(lab)
     if options.report:
@@ -182,7 +184,7 @@ def main():
         write_data()
     for name in names:
         try:
-            seeds = options.seeds or ITEMS[name].seeds
+            seeds = options.seeds if options.seeds and ITEMS[name].minutes else ITEMS[name].seeds
             found = ITEMS[name].work(lab, seeds)
         except TimeUp:
             print(f"{name}: not all runs are there yet", flush=True)

@@ -10,17 +10,13 @@ CDPO with more of its regulariser (gamma 10 and 100), and DPO with a larger step
 answers the 520 test prompts of minihh, greedily and sampled.
 """
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import minihh
 import plots
-from files import InputError
-from studies.compare import spread
-from studies.lab import HERE, Lab, command_line
+from studies.compare import mean_range, spread
+from studies.lab import Lab, command_line
 
 RUNS = Path("runs/seeds")   # under the repository
 SEEDS = 5
@@ -52,19 +48,14 @@ def train(lab, seed):
 def judge(lab, seed, head):
     """What eval_reward.py finds of a seed's models by the reward model with this head, kept under judged/head-sN. It takes a
     minute, and is not broken off."""
-    name, out = f"judged/{folder(head, seed)}", f"{RUNS}/judged-{folder(head, seed)}"
+    name = f"judged/{folder(head, seed)}"
     if lab.stop.is_set():
         return
     models = {"SFT": f"{RUNS}/{folder('sft', seed)}/best.pt",
               **{way: f"{RUNS}/{folder(way, seed)}/step-{STEPS}.pt" for way in WAYS}}
-    found = subprocess.run([sys.executable, "eval_reward.py", "--models", ",".join(models.values()), "--judge",
-                            f"{RUNS}/{folder(head, seed)}", "--out", out, "--show", "0"], cwd=HERE, text=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})   # two at a time
-    if found.returncode:
-        raise InputError(f"{name}: {found.stderr.strip()}")
-    lines = (HERE / out / "generations.jsonl").read_text().splitlines()
-    lab.keep(name, summary(json.loads((HERE / out / "scores.json").read_text()), map(json.loads, lines), models))
+    out = lab.judge(f"judged-{folder(head, seed)}", models.values(), f"{RUNS}/{folder(head, seed)}")
+    lines = (out / "generations.jsonl").read_text().splitlines()
+    lab.keep(name, summary(json.loads((out / "scores.json").read_text()), map(json.loads, lines), models))
 
 
 def summary(scores, generations, models):
@@ -111,8 +102,7 @@ def changes(lab, head, name, key):
 
 
 def difference(lab, head, name, key):
-    found = changes(lab, head, name, key)
-    return f"{statistics.fmean(found):+.3f} [{min(found):+.3f}, {max(found):+.3f}]"
+    return mean_range(changes(lab, head, name, key))
 
 
 def last(lab, what, key):

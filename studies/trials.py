@@ -8,25 +8,22 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from collections.abc import Callable
 
 import eval_reward
 import minihh
 import plots
 import runs
-from files import InputError
 from studies import seeds
 from studies.compare import curve, speedup, spread
 from studies.lab import HERE, Lab, rate, search
 
 RUNS = Path("runs/reproduce")   # under the repository
-KEPT = ("step", "samples", "updates", "flops", "seconds", "train_eval_loss", "val_loss", "val_dpo_loss", "val_logp_accuracy",
-        "val_reward_accuracy", "policy_entropy", "val_full_kl", "regularizer", "probe_loss", "displacement_rms",
+KEPT = ("step", "samples", "updates", "flops", "seconds", "train_eval_loss", "val_loss", "val_dpo_loss", "val_reward_accuracy",
+        "policy_entropy", "val_full_kl", "probe_loss", "displacement_rms",
         *(f"{what}_variance{form}" for what in ("grad", "update", "displacement") for form in ("", "_relative")))
 FAIR = ["--schedule", "constant", "--weight-decay", 0, "--grad-clip", 0, "--eval-samples", 520, "--eval-answers", 0]
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
@@ -54,7 +51,7 @@ class Found(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # runs
 
-class Bench(Lab):
+class Trials(Lab):
     """The lab of all items. quick: every run has two short steps on little data and stays in this process, every method has one
     rate, and nothing is kept."""
 
@@ -114,19 +111,14 @@ class Bench(Lab):
         if self.stop.is_set():
             raise TimeUp
         self.provide(*models.values(), judge)
-        out = f"{self.runs}/{name}"
         if self.quick:
+            out = self.folder(name)
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                eval_reward.main(eval_reward.Config(models=tuple(models.values()), judge=judge, out=out, show=0, limit=4,
+                eval_reward.main(eval_reward.Config(models=tuple(models.values()), judge=judge, out=str(out), show=0, limit=4,
                                                     max_new_tokens=8))
         else:
-            command = [sys.executable, "eval_reward.py", "--models", ",".join(models.values()), "--judge", judge, "--out", out,
-                       "--show", "0"]
-            done = subprocess.run(command, cwd=HERE, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                  start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                raise InputError(f"{name}: {done.stderr.strip()}")
-        scores = json.loads((HERE / out / "scores.json").read_text())
+            out = self.judge(name, models.values(), judge)
+        scores = json.loads((out / "scores.json").read_text())
         found = {"own": {which: row["reward"] for which, row in scores["own answers"].items()}, "models": {
             label: {f"{key}, {mode}": scores["models"][path][of][key] for key in ("right", "reward")
                     for mode, of in (("greedy", "greedy"), ("sampled", "temperature 1"))} for label, path in models.items()}}
@@ -210,8 +202,13 @@ class Comparison(NamedTuple):
         return {rate(power): loss for power, loss in
                 search(lambda power: self.last(self.run(lab, label, rate(power), 1, "valid")), middle).items()}
 
-    def grids(self, lab):
-        return dict(zip(self.methods, lab.map(self.grid, [(lab, label) for label in self.methods])))
+    def tuned(self, lab, label):
+        """The rate of its own."""
+        grid = self.grid(lab, label)
+        return min(grid, key=grid.get)
+
+    def rates(self, lab):
+        return dict(zip(self.methods, lab.map(self.tuned, [(lab, label) for label in self.methods])))
 
     def at(self, lab, rates, n):
         """{label: {seed: run}} of methods, {label: rate}, with n seeds, on test."""
@@ -221,7 +218,7 @@ class Comparison(NamedTuple):
 
     def own(self, lab, n):
         """Every method at the rate of its own: ({label: rate}, {label: {seed: run}})."""
-        rates = {label: min(grid, key=grid.get) for label, grid in self.grids(lab).items()}
+        rates = self.rates(lab)
         return rates, self.at(lab, rates, n)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,6 +250,7 @@ def at_equal(runs, base, key, accuracy="val_reward_accuracy"):
         for (a, x), (b, y) in zip(points, points[1:]):
             if b >= level > a:
                 return x + (y - x) * (level - a) / (b - a)
+
     def best(run):
         return max(e[accuracy] for e in run["events"] if accuracy in e)
     found = []
@@ -267,10 +265,6 @@ def differences(runs, base, key):
     """[last value less the baseline's, a seed]"""
     one, two = ({seed: lasts({seed: run}, key)[0] for seed, run in of.items()} for of in (runs, base))
     return [one[seed] - two[seed] for seed in one if seed in two]
-
-
-def mean_range(values, digits=3):
-    return f"{statistics.fmean(values):+.{digits}f} [{min(values):+.{digits}f}, {max(values):+.{digits}f}]"
 
 
 def verdict(values, claimed, none=1.0):

@@ -56,6 +56,23 @@ def test_rates_by_hand():
         "| | rate: loss |", "| --- | --- |", "| a | 0.001: 2.0000, **0.002: 1.0000**, 0.003: diverges |",
         "| b | **0.1: 3.0000**, 0.2: 4.0000 (at the edge of what was tried) |"]
 
+# ---- what is kept of a training loss, by hand
+
+def test_band_by_hand():
+    steps, losses = [2, 4, 6, 8, 10], [1.0, 3.0, 5.0, 4.0, 9.0]
+    assert labs.band(steps, losses, bins=3) == [[4, 2.0, 1.0, 3.0], [8, 4.5, 4.0, 5.0], [10, 9.0, 9.0, 9.0]]
+    assert labs.band([1], [2.0]) == [[1, 2.0, 2.0, 2.0]]
+
+
+def test_spikes_by_hand():
+    """The third of five steps is twice the median of those around it: one of five is a spike, and the root mean square of
+    (0, 0, 1, 0, 0) is sqrt(1/5). A smooth loss has none, at any scale."""
+    found = labs.spikes([2.0, 2.0, 4.0, 2.0, 2.0], reach=2)
+    assert found == {"share": 0.2, "roughness": pytest.approx(math.sqrt(0.2))}
+    assert labs.spikes([20.0, 20.0, 40.0, 20.0, 20.0], reach=2) == found
+    assert labs.spikes([3.0] * 9) == {"share": 0.0, "roughness": 0.0}
+    assert labs.spikes([1.0, 1.5, 1.0], reach=1)["share"] == 0   # half as high again is not yet one
+
 # ---- runs
 
 TINY = ["--steps", 2, "--lr", 1e-3, "--micro-batch", 2, "--eval-every", 1, "--eval-samples", 4, "--eval-answers", 0]

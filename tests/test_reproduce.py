@@ -17,6 +17,7 @@ import torch
 
 import runs
 from studies import gpu, paper_001, reproduce, trials
+from studies.compare import mean_range
 
 HERE = Path(__file__).parent.parent
 RESULTS = HERE / reproduce.RESULTS
@@ -75,7 +76,7 @@ def test_holds_by_hand():
     found = [trials.holds(x) for x in ([1, 1], [1, 1, 0], [1, 0], [0])]
     assert found == ["reproduced", "partly", "not reproduced", "not reproduced"]
     assert trials.holds([True] * 9 + [False], 0.9) == "reproduced"
-    assert trials.mean_range([0.1, -0.1, 0.3]) == "+0.100 [-0.100, +0.300]"
+    assert mean_range([0.1, -0.1, 0.3]) == "+0.100 [-0.100, +0.300]"
 
 # ---- a comparison: rates from valid, figures from test
 
@@ -112,6 +113,25 @@ def test_every_method_gets_the_rate_that_is_best_on_valid_and_is_read_on_test():
     tried = [sorted(float(value["--lr"]) for name, value in lab.asked if f"/valid/{slug}-" in name) for slug in ("a", "b-two")]
     assert len(tried[0]) == len(tried[1]) == 5   # the same budget, and no coarser than 1.5 around the best
     assert all(b / a == pytest.approx(1.5, rel=0.01) for rates in tried for a, b in zip(rates, rates[1:]))
+
+def test_a_start_is_made_when_something_that_is_not_there_asks_for_it(tmp_path, monkeypatch):
+    """Once, before what begins with it, and its own start before it. What is there already asks for nothing."""
+    lab, made = trials.Trials(tmp_path), []
+    monkeypatch.setattr(lab, "weights", lambda name, *_: made.append(name) or {"events": []})
+    monkeypatch.setattr(lab, "run", lambda name, *_: made.append(name) or {"events": []})
+    first = lab.trained("first", "train_sft.py", "--seed", 1)
+    second = lab.trained("second", "train_sft.py", "--init", first)
+    lab.trained("other", "train_sft.py")
+    assert not made and second == "runs/reproduce/second"
+    lab.found["there"] = {"events": []}
+    lab.made("there", "train_dpo.py", "--init", second)
+    assert made == ["there"]
+    lab.made("new", "train_dpo.py", "--init", f"{second}/best.pt")
+    lab.made("newer", "train_dpo.py", "--init", second)
+    assert made == ["there", "first", "second", "new", "newer"]
+    monkeypatch.setattr(lab, "weights", lambda *_: None)   # the time is up
+    with pytest.raises(trials.TimeUp):
+        lab.made("newest", "train_dpo.py", "--init", lab.trained("third", "train_sft.py"))
 
 # ---- theory, from other sides
 
@@ -181,7 +201,7 @@ def test_what_is_pending_is_said():
 def test_committed_results_follow_from_the_committed_runs(name, tmp_path):
     """Every item is there, with claims, verdicts and pictures, and is what the kept runs say: nothing is trained here."""
     kept = json.loads((RESULTS / f"{name}.json").read_text())
-    lab = trials.Bench(reproduce.RESULTS)
+    lab = trials.Trials(reproduce.RESULTS)
     lab.stop.set()
     found = reproduce.ITEMS[name].work(lab, reproduce.ITEMS[name].seeds)
     assert [c._asdict() for c in found.claims] == kept["claims"] and found.setting == kept["setting"]
@@ -211,6 +231,9 @@ def test_program(tmp_path, monkeypatch, capsys):
     assert status == 2 and not out and error.count("\n") == 1
     assert error.startswith("error: no item '000-fig9': expected all or 000-fig1")
     assert called("001-theory", "--minutes", "0") == (2, "", "error: --minutes: expected a number above 0, found 0.0\n")
+    assert called("001-theory", "--run")[::2] == (2, "error: --run goes with --scale gpu; without it, an item is run anyway\n")
+    status, _, _ = called("000-fig2-4", "--report", "--seeds", "2", "--results", str(tmp_path))   # it trains nothing: five seeds
+    assert status == 0 and json.loads((tmp_path / "000-fig2-4.json").read_text())["seeds"] == 5
     status, out, _ = called("001-theory", "--report", "--results", str(tmp_path))
     assert status == 0 and "2.24 at t = 1" in out and (tmp_path / "001-theory.png").is_file()
     assert json.loads((tmp_path / "001-theory.json").read_text())["seeds"] == 1

@@ -61,7 +61,7 @@ def test_all_runs_of_the_study(lab, monkeypatch):
         (out / "scores.json").write_text(json.dumps(scores(models, seed)))
         (out / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in generations(models)))
         return subprocess.CompletedProcess(command, 0, "", "")
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     study.work(lab)
     trained = {name: run for name, run in lab.found.items() if not name.startswith("judged/")}
     assert len(trained) == 5 * 8 and sorted(judge for judge, _ in asked) == sorted(
@@ -86,8 +86,8 @@ def test_all_runs_of_the_study(lab, monkeypatch):
 
 
 def test_a_judgement_that_fails_is_told(lab, monkeypatch):
-    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", "error: no model\n"))
-    with pytest.raises(InputError, match="judged/hidden-s2: error: no model"):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", "error: no model\n"))
+    with pytest.raises(InputError, match="judged-hidden-s2: error: no model"):
         study.judge(lab, 2, "hidden")
     lab.stop.set()
     assert study.judge(lab, 2, "hidden") is None and not lab.found
