@@ -85,6 +85,7 @@ def test_a_run_is_made_once_and_goes_on_where_it_was(folder, monkeypatch):
     run = lab.run("cut", "train_sft.py", *TINY)
     assert [e["step"] for e in run["events"] if "val_loss" in e] == [0, 1, 2] and not (folder / "cut/last.pt").exists()
     assert run["flags"] == {"optimizer": "adamw", "lr": 1e-3, "seed": 1}
+    assert lab.summary(folder / "cut", brief=True)["events"] == run["events"][-1:]
     hot = ["train_sft.py", *TINY, "--lr", 1e30]
     assert "val_loss is nan: try a smaller --lr" in lab.run("hot", *hot)["diverged"]
     assert lab.found["hot"]["events"][0]["val_loss"] > 7
