@@ -209,7 +209,8 @@ def accuracy(events, config, path):
     for axis in axes:
         axis.locator_params(axis="x", nbins=5)   # or numbers of five digits run into each other
     figure.suptitle(title(config["flags"]), fontsize=10)
-    if has_rewards and has_logps:
+    rewards = [e for e in events if "val_chosen_reward" in e]
+    if has_logps and rewards and rewards[-1]["val_chosen_reward"] < 0 and rewards[-1]["val_rejected_reward"] < 0:
         figure.supxlabel("Two negative rewards are no bug: only the gap between them enters the loss, and both fall when the "
                          "policy moves probability to other answers.", fontsize=8)
     figure.savefig(path, dpi=110)

@@ -79,7 +79,10 @@ def test_dpo_pictures_show_these_numbers(tmp_path, drawn):
     assert lines(first)["reward, held out, n = 400"] == ([0, 16], [0.5, 0.9])
     assert {"longer wins 0.490", "the start's log-prob 0.700"} <= lines(first).keys()
     assert lines(rewards)["rejected"] == ([0, 16], [0.0, -1.0]) and lines(logps)["rejected"] == ([0, 16], [-30.0, -40.0])
-    assert "Two negative rewards are no bug" in accuracy.get_supxlabel()
+    assert DPO[-1]["val_chosen_reward"] < 0 and "Two negative rewards are no bug" in accuracy.get_supxlabel()
+    rises = [*DPO[:-1], {**DPO[-1], "val_chosen_reward": 0.1}]   # then there is nothing to explain
+    plots.draw(folder(tmp_path / "rises", rises, loss="dpo", beta=0.1, gamma=1.0))
+    assert drawn[-1].get_supxlabel() == ""
 
 
 REWARD = [{"step": step, "samples": 16 * step, "val_reward_loss": loss, "train_eval_loss": loss + 0.1,
