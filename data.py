@@ -393,9 +393,9 @@ def tokenize(pairs, vocab_size, block_size):
 def encode(pairs, vocab_size, block_size):
     """list of Pair -> (Tokens, Counter of what was cut). No sequence is longer than block_size.
 
-    A response longer than block_size - 64 is cut at its end and loses its end-of-text, so that the model never learns to
-    stop in mid-sentence. A prompt that is then too long for the longer of its two responses is cut from the left, at a turn
-    where one fits; both responses keep the same prompt.
+    A response that is longer than block_size - 64 with its end-of-text is cut at its end and loses that, so that the model never
+    learns to stop in mid-sentence. A prompt that is then too long for the longer of its two responses is cut from the left, at a
+    turn where one fits; both responses keep the same prompt.
     """
     if block_size < 2 * KEEP_PROMPT:
         raise InputError(f"block_size {block_size} is too small: expected at least {2 * KEEP_PROMPT}")
@@ -481,7 +481,7 @@ def collate(dialogues, loss_on="response", whole=False, rows=()):
     """B lists of token arrays, [prompt, response, ...], each with the same number of responses -> Batch of all prompts' first
     responses, then all second ones. A prompt's tokens are there once; its responses' positions go on behind it.
 
-    Scored on the responses or on `all` tokens but the first: a prompt is masked by no position that predicts one of its tokens.
+    Scored on the responses, or on `all` tokens but the first. It needs no mask: score_at and targets list what is scored alone.
     This is the one place where targets are shifted: the hidden state of the token before it predicts a token. Prompt 10 11 12,
     chosen 20 21 99, rejected 30 99 -> tokens 10 11 12 20 21 30, score_at 2 3 4 2 5, targets 20 21 99 30 99, owner 0 0 0 1 1.
     whole: the last token is in it too, for a reward model to be read there.

@@ -63,8 +63,8 @@ class Config:
 # judges: functions from lists of prompts and answers, as text, to an array of rewards
 
 def as_tokens(model, prompts, answers):
-    """The dialogues as in training: an answer keeps one leading space and is closed by end-of-text. data.Tokens whose rejected
-    responses are empty."""
+    """The dialogues as in training: an answer keeps one leading space and is closed by end-of-text, also where --max-new-tokens
+    cut it. data.Tokens; what stands as rejected there is not read."""
     pairs = [data.Pair(p, f" {a.strip()}" if a.strip() else "", "") for p, a in zip(prompts, answers)]
     tokens, cut = data.encode(pairs, model.config.vocab_size, model.config.block_size)
     if cut["responses cut"] or cut["prompts cut"]:

@@ -3,7 +3,7 @@ LoRA by hand (Hu et al. 2021, arXiv 2106.09685): beside every frozen matrix of t
 
     W x + b   ->   W x + b + (alpha / r) B A x        W (out, in) frozen, A (r, in), B (out, r)
 
-A is normal with standard deviation 1 / sqrt(in), so that the size of A x does not depend on the rank; B is zero, so that the
+A is normal with standard deviation 1 / sqrt(in), so that a number of A x has the same size at every rank; B is zero, so that the
 adapted model starts as the base, exactly. Four layers a block are adapted: c_attn, attention's c_proj, c_fc, MLP's c_proj. The
 embedding, which is also the head, is not. With the adapters off the model *is* the base, to the bit: DPO with LoRA needs no
 second model.
@@ -14,7 +14,7 @@ second model.
     save_adapter(model, "adapter.pt")             # A, B and trained biases alone
     python lora.py gpt2 runs/dpo-lora FOLDER      # base and adapter, merged, as a Hugging Face folder
 
-r is the rank, alpha / r the scale: with alpha = 2r it is 2 at every rank, so that ranks compare.
+r is the rank, alpha / r the scale: with alpha = 2r it is 2 at every rank.
 """
 import contextlib
 import sys

@@ -217,14 +217,16 @@ def cdpo_regularizer(logp, ref_logp, targets, beta):
         R_t = 1/(V-1) sum over v != y_t of sigmoid(beta (log pi(v|c) - log ref(v|c)))
 
     (S,), each in (0, 1), and 1/2 where the models agree; c is all that stands before y_t. It lowers pi, against ref, on all
-    tokens but the target, and is not smallest where the two agree (RESULTS.md, CDPO). No log is taken of the sigmoid.
+    tokens but the target, and is not smallest where the two agree (RESULTS.md, CDPO). No log is taken of the sigmoid. The report
+    does not say what the C stands for.
     """
     s = torch.sigmoid(beta * (logp - ref_logp))
     return (s.sum(1) - s.gather(1, targets[:, None]).squeeze(1)) / (logp.size(1) - 1)
 
 
 class _Shared(torch.autograd.Function):
-    """The losses (B,), with the gradient of `total`: a number that differs from their sum, but has its gradient."""
+    """The losses (B,), with the gradient of `total`, which is linear in the log-probabilities with L_DPO's derivatives as
+    factors: it has the gradient of their sum, and another value."""
 
     @staticmethod
     def forward(ctx, losses, total):

@@ -7,7 +7,8 @@ GPT-2 in one file: the network, a KV-cached generate, and weights in and out.
     hidden = model.hidden(ids, packing, at)   # the same without padding, and only where it is read: (S, C)
     python model.py runs/dpo my-gpt2          # export: a folder that transformers' from_pretrained loads
 
-Letters, here and everywhere: B batch, T time, C channels (n_embd), V vocabulary, nh heads, hs head size.
+Letters, here and everywhere: B rows (in losses.py: pairs), T time, C channels (n_embd), V vocabulary, nh heads,
+hs head size; N tokens in a line, M places (Packing), S scored tokens, R responses, K micro-batches a step.
 Parameters carry the names of the published GPT-2 weights. Two differences from them: every matrix is an
 nn.Linear (out, in), where theirs is a Conv1D (in, out), and the head is the token embedding itself, so it is
 stored once. The training scripts never call forward(): their micro-batches are packed (Packing), and the
@@ -67,7 +68,8 @@ class Packing(NamedTuple):
     """How N tokens in a line, without padding, make sequences. The matrices see every token once, (N, C). Attention sees a few
     rectangles (B, T), each with sequences of similar length, padded on the right; M places in all. The responses to one prompt
     share its tokens: these stand in several sequences and, since a prompt sees only itself, are the same in each (Wang & Hegde
-    2024, arXiv 2410.20305)."""
+    2024, arXiv 2410.20305). Of data.collate's example, the tokens 10 11 12 20 21 30: positions 0 1 2 3 4 3, shapes (1, 4) (1, 5),
+    places 0 1 2 5 and 0 1 2 3 4, back 4 5 6 7 8 3."""
     positions: torch.Tensor   # (N,) of each token in its sequence
     shapes: tuple             # the rectangles' (B, T)
     places: torch.Tensor      # (M,) for each place, the number of its token, 0..N-1; padding has any, no real token sees it

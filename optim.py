@@ -5,9 +5,10 @@ Written here: Lion; and those that step on each of K micro-batches where gradien
 or Lion: AdamW-PMA and Lion-PMA (Periodical Moving Average, the report 001_...), AGMA (the report 000_..., appendix A), and AdamW
 on a schedule like theirs. All others are torch.optim's.
 
-In every docstring t counts the steps from 0, K is the period, tau = t mod K, n = t // K + 1. A step is "large" at tau = 0, except
-the very first, else "small": a period is a large step and K-1 small ones, the first period K small ones, since there is no old
-moment. g is one micro-batch's gradient, lr_t a step's own rate, lam the weight decay.
+In every docstring t counts the updates from 0, one for every micro-batch, K is the period, tau = t mod K, n = t // K + 1. An
+update is "large" at tau = 0, except the very first, else "small": a period, which the scripts call one step, is a large update
+and K-1 small ones, the first period K small ones, since there is no old moment. g is one micro-batch's gradient, lr_t an update's
+own rate, lam the weight decay.
 
 Weight decay falls on matrices only: biases and LayerNorm gains are few, and pulling a gain to zero has no meaning.
 """
@@ -26,9 +27,10 @@ from files import InputError
 class Stepwise(torch.optim.Optimizer):
     """Base of the optimizers below: the walk over parameters, their state, their age.
 
-    A moment m is kept as a weighted mean M of the gradients and its weight s, m = s M: after m = a m + c g the weight is
-    s' = a s + c and M' = M + (c / s') (g - M), one moving average whatever a and c are, and m = K m only touches s. State of a
-    parameter: the tensors M (named in `tensors`), the floats s (`weights`) and its age t.
+    A moment m is kept as a weighted mean M of the gradients and its weight s, m = s M: after m = a m + c g the weight is s' = a s
+    + c and M' = M + (c / s') (g - M), one moving average whatever a and c are, and m = K m only touches s. So torch's fused
+    AdamW, which knows nothing but moving averages, can do the work (AdamWPMA.update). State of a parameter: the tensors M (named
+    in `tensors`), the floats s (`weights`) and its age t.
     """
     tensors = ("m",)
 
@@ -121,7 +123,7 @@ class LionPMA(Lion):
 
         large:  lr_t = lr      u = sign(b1 m + (1-b1) g / K)                     m = b2 m + (1-b2) g / K
         small:  lr_t = lr / K  u = sign(tau/(tau+1) m + (1-b1)/(tau+1) g)        m = tau/(tau+1) m + (1-b2)/(tau+1) g
-        theta = (1 - lr_t lam) theta - lr_t u;     after a large step m = K m
+        theta = (1 - lr_t lam) theta - lr_t u;     after a large update m = K m
 
     The paper's large branch does not update m and its small one reads v and g^2, which Lion lacks: both are filled in as in its
     Algorithm 1, with b2. Without the first, K = 1 would not be Lion. A period moves up to 2 - 1/K times what one Lion step does.
@@ -162,12 +164,14 @@ class AdamWPMA(Stepwise):
         small:  lr_t = lr / sqrt(K)  m = tau/(tau+1) m + (1-b1)/(tau+1) g           v = tau/(tau+1) v + (1-b2)/(tau+1) g^2
         m_hat = m / (1 - b1^n)       v_hat = v / (1 - b2^n)
         theta = (1 - lr_t lam) theta - lr_t m_hat / (sqrt(v_hat) + eps)
-        after a large step:  m = K m,  v = K v
+        after a large update:  m = K m,  v = K v
 
-    m = K m looks odd: the small steps' factors tau/(tau+1) multiply to 1/K and take it back by tau = K-1. There m is that of
-    AdamW with K-fold accumulation, and v holds the mean of the squares where that has the square of the mean. K = 1 is AdamW. A
-    period moves between S(K) / sqrt(K) (all noise) and S(K) times (a constant gradient) as far as one accumulated step at the
-    same lr, S(K) = sum over j = 1..K of j^-1/2.
+    m = K m looks odd: the small updates' factors tau/(tau+1) multiply to 1/K and take it back by tau = K-1. There m is that of
+    AdamW with K-fold accumulation, and v holds the mean of the squares where that has the square of the mean. By hand at K = 2, c
+    = 1 - b1: g0 and g1 leave m1 = c (g0 + g1) / 2; the large update with g2 makes it 2 (b1 m1 + c g2 / 2), the small one with g3
+    half of that and c g3 / 2: b1 m1 + c (g2 + g3) / 2, AdamW's m on the mean of g2 and g3. K = 1 is AdamW. A period moves between
+    S(K) / sqrt(K) (all noise) and S(K) times (a constant gradient) as far as one accumulated step at the same lr, S(K) = sum over
+    j = 1..K of j^-1/2.
 
     Where the sources disagree. The paper corrects the bias with exponent t // K, zero in the first period: n is one more. Its
     text scales the moments after a large step (ours; only that gives AdamW's m); its listings and the released code scale a
@@ -404,7 +408,7 @@ class NotFinite(ArithmeticError):
 
 
 def accumulated_step(model, optimizer, losses, rows, per_update, grad_clip=0.0, scaler=None):
-    """One step of K micro-batches, which is K / per_update updates.
+    """One step of K micro-batches, which is K / per_update updates: one with accumulation, K with PMA (per_update above).
 
     losses: an iterator over K tuples (loss, more numbers ...), each a micro-batch's share of the step's mean; plain zeros where
     this process has no row of it. With PMA each micro-batch's gradient is clipped alone. rows: those of each micro-batch. scaler:
@@ -439,7 +443,7 @@ def accumulated_step(model, optimizer, losses, rows, per_update, grad_clip=0.0, 
         elif scaler.get_scale() > 1:
             scaler.update(scaler.get_scale() / 2)   # also where each number is finite, and only their norm is not
         else:   # also without a scaler
-            raise NotFinite(f"the gradient's norm is {norm}", [row for k in range(k - per_update, k) for row in rows[k]])
+            raise NotFinite(f"the gradient's norm is {norm}", [row for j in range(k - per_update, k) for row in rows[j]])
         optimizer.zero_grad(set_to_none=True)
     return parallel.total(*sums), norms
 

@@ -8,7 +8,7 @@ weights start equal, see equal gradients and stay equal. Process 0 alone evaluat
 PMA and AGMA need the summed gradient after every micro-batch, accumulation only after the last of a step: at K micro-batches K
 times as much goes over the wire.
 
-Without torchrun there is one process, and nothing here does anything: mine(rows) is all rows, total(x) is x.
+Without torchrun there is one process, and nothing here does anything: mine(rows) is all rows, total(x) is (x,).
 """
 import datetime
 import os

@@ -9,8 +9,8 @@ over the whole vocabulary.
 
 The reference is --init as it was. What it says of the training pairs is computed once and cached (reference.py), so that there is
 one model in memory (two during an evaluation); with LoRA it is the policy with its adapters off. Both see every pair with dropout
-off. Before the first step they are the same model, so every margin is 0, every pair a tie and DPO's loss -log sigmoid(0) = log 2
-(CDPO adds gamma / 2); the script checks that.
+off, since else they would differ at the start and margins would be noise. Before the first step they are the same model, so every
+margin is 0, every pair a tie and DPO's loss -log sigmoid(0) = log 2 (CDPO adds gamma / 2); the script checks that.
 
 On several processes: torchrun --standalone --nproc-per-node N (parallel.py).
 """

@@ -188,7 +188,7 @@ def schedule(lab, n):
         "read off optim.AdamWPMA at K = 16, betas (.9, .95)",
         [Claim("within a period beta grows as tau / (tau + 1) and small steps have lr / sqrt(K)",
                f"so it is: {small[0]:.2f} ... {small[-1]:.4f}, rate {rate[1]:.3f}; the move of a small step falls as "
-               "lr / sqrt(tau + 1), not as lr / (tau + 1) (FORMULAS.md, section 7)",
+               "lr / sqrt(tau + 1), not as lr / (tau + 1)",
                holds([abs(x - t / (t + 1)) < 1e-12 for t, x in enumerate(small, 1)] + [rate[1] == 0.25]))],
         draw)
 

@@ -20,4 +20,4 @@ def test_the_reading_list_has_every_file_and_about_its_lines():
     assert int(all_lines.replace(",", "")) == sum(int(lines) for _, lines, *_ in files)
     assert int(all_minutes) == sum(int(minutes) for *_, minutes, _ in files)
     shorts = re.findall(r"^\| `\w+\.py`.*: (\d+) \|$", (ROOT / "README.md").read_text(), re.M)   # one file stands there twice
-    assert int(all_short) == sum(map(int, shorts)) <= 180
+    assert int(all_short) == sum(map(int, shorts)) <= 240
