@@ -318,7 +318,7 @@ OPTIMIZERS = {
     "agma-linear":         Recipe(_ours(AGMA, small_lr="linear"), (0.9, 0.99), False, 2),
     "agma-sgd":            Recipe(_ours(AGMA, small_lr="linear", small_step="sgd"), (0.9, 0.99), False, 2),
     "agma-decay":          Recipe(_ours(AGMA, small_lr="decay"), (0.9, 0.99), False, 2),
-    "agma-perturb":        Recipe(_ours(AGMA, perturb=0.1), (0.9, 0.99), False, 2),   # a tenth of a large step's size, our choice
+    "agma-perturb":        Recipe(_ours(AGMA, small_lr="decay", perturb=0.1), (0.9, 0.99), False, 2),   # a tenth: our choice
     "lion":                Recipe(lambda groups, lr, betas, K: Lion(groups, lr, betas), (0.95, 0.98), True, 1),
     "lion-pma":            Recipe(_ours(LionPMA), (0.95, 0.98), False, 1),
 }

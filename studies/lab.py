@@ -78,11 +78,14 @@ def band(steps, losses, bins=100):
 
 
 def spikes(losses, reach=25):
-    """How rough a training loss is: {"share": of steps whose loss is half as high again as the median of the `reach` steps on
-    either side, "roughness": the root mean square of a step's distance from that median, relative to it}."""
+    """How rough the second half of a training loss is, where it falls least: {"share": of steps whose loss is half as high again
+    as the median of the `reach` steps on either side, "roughness": sqrt(2/3) times the root mean square of a step's distance
+    from the mean of its two neighbours, in nats: of noise its standard deviation, of a straight line 0; None of fewer than 3}."""
+    losses = losses[len(losses) // 2:]
     middle = [statistics.median(losses[max(0, i - reach):i + reach + 1]) for i in range(len(losses))]
-    apart = [x / m - 1 for x, m in zip(losses, middle)]
-    return {"share": statistics.fmean(x > 0.5 for x in apart), "roughness": math.sqrt(statistics.fmean(x * x for x in apart))}
+    apart = [b - (a + c) / 2 for a, b, c in zip(losses, losses[1:], losses[2:])]
+    return {"share": statistics.fmean(x > 1.5 * m for x, m in zip(losses, middle)),
+            "roughness": math.sqrt(statistics.fmean(x * x for x in apart) / 1.5) if apart else None}
 
 
 class Lab:

@@ -10,7 +10,7 @@ import torch
 import model as gpt
 import optim
 import plots
-from studies import fits, paper_000
+from studies import paper_000
 from studies.compare import mean_range, spread
 from studies.lab import HERE
 from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, holds, lasts, speedups, text_start, three)
@@ -24,7 +24,9 @@ ONE = Comparison("002-fig1", "train_sft.py", [*LONG, "--steps", STEPS, "--eval-e
                  {"all data": (-6, [])}, text_start, tuning=["--steps", STEPS // 4, "--eval-every", STEPS // 4])
 
 
-HELPFUL = ONE._replace(name="002-fig8", methods={"helpful only": (-6, [])}, data={"train": "helpful"})   # and no refusals
+# a quarter of the dialogues, none of them a refusal, twice; held-out loss on such dialogues, too
+HELPFUL = ONE._replace(name="002-fig8", data={"train": "helpful", "prefix": "helpful-"}, methods={
+    "helpful only": (-6, ["--steps", STEPS // 2, "--eval-every", 200, "--keep-every", KEPT // 2])})
 
 
 def long_runs(lab, n, which):
@@ -35,7 +37,8 @@ def long_runs(lab, n, which):
         comparison = ONE if label == "all data" else HELPFUL
         command = comparison.command(lab, label, lr, seed)
         run, folder = lab.made(*command), lab.trained(*command)
-        steps = (1, 2) if lab.quick else range(KEPT, STEPS + 1, KEPT)
+        share = 1 if label == "all data" else 2
+        steps = (1, 2) if lab.quick else range(KEPT // share, STEPS // share + 1, KEPT // share)
         models = {"0": f"{text_start(lab, seed)}/best.pt", **{str(s): f"{folder}/step-{s}.pt" for s in steps}}
         _, judge = paper_000.judge_of(lab, seed)
         return run, lab.judged(f"{comparison.name}/judged/{label.replace(' ', '-')}-s{seed}", models, judge)["models"]
@@ -67,60 +70,76 @@ def draw_long(groups, path):
     figure.savefig(path, dpi=110)
 
 
-def turns(run):
-    """(its step with the lowest held-out loss, the last step, how much higher the last loss is)"""
-    found = [(e["val_loss"], e["step"]) for e in run["events"] if "val_loss" in e]
-    return min(found)[1], found[-1][1], found[-1][0] - min(found)[0]
+def last_quarter(run):
+    """How much higher the last quarter's mean held-out loss is than the third quarter's, and the mean training loss."""
+    held_out, train = ([e[key] for e in run["events"] if key in e] for key in ("val_loss", "train_eval_loss"))
+    middle, late = len(held_out) // 2, len(held_out) * 3 // 4
+    return tuple(statistics.fmean(x[late:]) - statistics.fmean(x[middle:late]) for x in (held_out, train))
+
+
+def second_half(judged):
+    """How much higher the mean reward of the last two checkpoints is than that of the two in the middle of the run."""
+    found = [row["reward, sampled"] for row in judged.values()]
+    middle = len(found) // 2
+    return statistics.fmean(found[-2:]) - statistics.fmean(found[middle - 1:middle + 1])
+
+
+OVERFITS = 0.005   # nats that the held-out loss rises at least, while the training loss falls
+ONE_ERROR = 0.03   # about the standard error of a mean reward over 520 sampled answers
 
 
 def long_training(lab, n):
     """Overfitting, and scores over steps."""
     lr, groups = long_runs(lab, n, ("all data",))
     found = groups["all data"]
-    rises = [turns(run)[2] for run, _ in found.values()]
-    gaps = [run["events"][-1]["val_loss"] - run["events"][-1]["train_eval_loss"] for run, _ in found.values()]
+    quarter = [last_quarter(run) for run, _ in found.values()]
+    held_out, train = zip(*quarter)
     first = {seed: judged["0"]["reward, sampled"] for seed, (_, judged) in found.items()}
     last = {seed: list(judged.values())[-1]["reward, sampled"] for seed, (_, judged) in found.items()}
     best = {seed: max(row["reward, sampled"] for row in judged.values()) for seed, (_, judged) in found.items()}
-    drops = [best[seed] - last[seed] for seed in found]
+    change = [second_half(judged) for _, judged in found.values()]
     return Found(
         f"SFT on all tokens, one dialogue a step, {STEPS:,} steps (one epoch of minihh), AdamW at {lr:g}, constant, from a model "
         "trained on plain text; reward model as in 000-table1",
         [Claim("the loss converges and begins to overfit after three quarters of the run",
-               f"the last held-out loss is {three(rises)} above the lowest, and {three(gaps)} above the training loss",
-               holds([x > 0.01 for x in rises]), f"the last held-out loss is {three(rises)} above the lowest"),
+               f"from the third quarter's mean to the last one's the held-out loss goes {mean_range(held_out)}, that of 200 "
+               f"training dialogues {mean_range(train)}", holds([b > OVERFITS and a < 0 for b, a in quarter]),
+               f"held-out loss, last quarter less third: {mean_range(held_out)}"),
          Claim("the reward score fluctuates and falls in the second half",
-               f"it rises from {three(list(first.values()))} to {three(list(best.values()))} "
-               f"and ends {three(drops)} below its best",
-               holds([x > 0.05 for x in drops])),
+               f"it rises from {three(list(first.values()))} to {three(list(best.values()))} at its best; the last two of eight "
+               f"checkpoints score {mean_range(change)} beside the two in the middle (a fall: more than {ONE_ERROR}, one "
+               "standard error)", holds([x < -ONE_ERROR for x in change])),
          Claim("the tuned model answers better than the original",
                f"reward, sampled: {mean_range([last[s] - first[s] for s in found])}",
                holds([last[s] > first[s] for s in found]))],
-        lambda path: draw_long(groups, path), numbers={"rate": lr, "rises": rises, "drops": drops})
+        lambda path: draw_long(groups, path), numbers={"rate": lr, "last_quarter": quarter, "second_half": change})
 
 
 def helpful_only(lab, n):
     """A quarter of the data, helpful only."""
     lr, groups = long_runs(lab, n, ("all data", "helpful only"))
-    rises = {label: [turns(run)[2] for run, _ in found.values()] for label, found in groups.items()}
-    early = [turns(run)[0] / turns(run)[1] for run, _ in groups["helpful only"].values()]
+    quarter = {label: [last_quarter(run) for run, _ in found.values()] for label, found in groups.items()}
+    held_out = {label: [b for b, _ in pairs] for label, pairs in quarter.items()}
+    train = [a for _, a in quarter["helpful only"]]
     last = {label: [list(judged.values())[-1]["reward, sampled"] for _, judged in found.values()]
             for label, found in groups.items()}
     right = {label: [list(judged.values())[-1]["right, sampled"] for _, judged in found.values()]
              for label, found in groups.items()}
     less = [b - a for a, b in zip(last["all data"], last["helpful only"])]
     return Found(
-        f"as 002-fig1, on a quarter of minihh's dialogues, without refusals, as many steps (four epochs), AdamW at {lr:g}; "
-        "both are judged on all test prompts, a tenth of which ask for harm",
+        "as 002-fig1-2, on a quarter of minihh's dialogues, without refusals (held-out loss on such dialogues, too), "
+        f"{STEPS // 2:,} steps (two epochs), AdamW at {lr:g}; both are judged on all test prompts, a tenth of which ask for harm",
         [Claim("on the helpful data alone the model quickly overfits",
-               f"the lowest held-out loss comes at {spread(early)} of the run, "
-               f"the last is {three(rises['helpful only'])} above it (all data: {three(rises['all data'])})",
-               holds([x > 0.01 for x in rises["helpful only"]])),
+               "from the third quarter's mean to the last one's the held-out loss goes "
+               f"{mean_range(held_out['helpful only'])}, the training loss {mean_range(train)} (held-out on all data: "
+               f"{mean_range(held_out['all data'])})",
+               holds([b > OVERFITS and a < 0 and b > c for (b, a), c in zip(quarter["helpful only"], held_out["all data"])])),
          Claim("its answers are not much worse than those of the model tuned on all data",
                f"reward, sampled, {mean_range(less)}; "
                f"right answers {three(right['helpful only'])} against {three(right['all data'])}",
                holds([x > -0.05 for x in less]))],
-        lambda path: draw_long(groups, path), numbers={"rate": lr, "rises": rises, "last": last, "right": right})
+        lambda path: draw_long(groups, path), numbers={"rate": lr, "last_quarter": quarter, "last": last,
+                                                                  "right": right})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # learning rates that diverge
@@ -153,8 +172,9 @@ def divergence(lab, n):
 
 NAMES = {"adamw": -5, "adam": -5, "nesterov": 5, "momentum": 5, "sgd": 11}
 SHORT = [*LONG, "--steps", 400, "--eval-every", 40]
+TORCH = {"adamw": ["--betas", "0.9,0.999", "--weight-decay", 0.01], "adam": ["--betas", "0.9,0.999"]}   # torch's defaults
 FIVE = Comparison("002-fig3-4", "train_sft.py", [*SHORT, "--accumulate", 4],
-                  {name: (power, ["--optimizer", name]) for name, power in NAMES.items()}, text_start,
+                  {name: (power, ["--optimizer", name, *TORCH.get(name, [])]) for name, power in NAMES.items()}, text_start,
                   tuning=["--eval-every", 400])
 
 
@@ -169,8 +189,8 @@ def optimizers(lab, n):
     memory = {name: optim.footprint(name, medium)["optimizer_bytes"] / 1e9 for name in NAMES}
     seconds = {name: [own[name][s]["events"][-1]["seconds"] / own["adamw"][s]["events"][-1]["seconds"] for s in own[name]]
                for name in NAMES}
-    order = [all(shared["sgd"][s]["events"][-1]["val_loss"] >= shared[name][s]["events"][-1]["val_loss"] for name in NAMES)
-             for s in shared["sgd"]]
+    slowest = [max(losses) == losses[-1] for losses in zip(*ends.values())]   # sgd stands last
+    alike = [abs(a - b) < 0.1 * (c - a) for a, b, c in zip(ends["nesterov"], ends["momentum"], ends["sgd"])]
 
     def draw(path):
         figure, axes = plots.canvas(2)
@@ -186,11 +206,11 @@ def optimizers(lab, n):
         "SFT on all tokens, 400 steps of 4 dialogues one at a time, from a model trained on plain text; AdamW's rate for all "
         f"({rates['adamw']:g}), and own rates ({', '.join(f'{name} {lr:g}' for name, lr in rates.items())})",
         [Claim("Adam and AdamW are the same curve",
-               f"last losses differ by {three(same)} (no weight decay here: then they are one algorithm)",
+               f"last losses differ by {three(same)} (torch's defaults: AdamW with a decay of 0.01, Adam with none)",
                holds([x < 0.005 for x in same])),
          Claim("at one rate Adam(W) is fastest, Nesterov and momentum alike, plain SGD slowest",
-               f"last loss at one rate {row(ends)}",
-               holds([statistics.median(ends["adamw"]) < statistics.median(ends["momentum"]), *order])),
+               f"last loss at one rate {row(ends)} (alike: Nesterov and momentum differ by less than a tenth of their distance "
+               "to SGD)", holds([*(a < b for a, b in zip(ends["adamw"], ends["momentum"])), *alike, *slowest])),
          Claim("(fair) the same with a rate of its own for each", f"last loss {row(ends_own)}",
                holds([a < b for name in ("nesterov", "momentum", "sgd") for a, b in zip(ends_own["adamw"], ends_own[name])])),
          Claim("memory: Adam(W) 13.52 GB, with momentum 11.23, SGD 8.41 at gpt2-medium",
@@ -207,7 +227,7 @@ def accumulation(lab, n):
     """1,600 dialogues one a step, and four a step."""
     four_rates = {"adamw": FIVE.tuned(lab, "adamw")}
     ones = Comparison("002-accumulation", "train_sft.py", [*LONG, "--steps", 1600, "--eval-every", 160],
-                      {"adamw": (-6, ["--optimizer", "adamw"])}, text_start, tuning=["--eval-every", 1600])
+                      {"adamw": (-6, ["--optimizer", "adamw", *TORCH["adamw"]])}, text_start, tuning=["--eval-every", 1600])
     one_rate = ones.tuned(lab, "adamw")
     one = ones.at(lab, {"adamw": one_rate}, n)["adamw"]
     four = FIVE.at(lab, four_rates, n)["adamw"]
@@ -246,7 +266,7 @@ def lora(lab, n):
          Claim("LoRA is underfitted: full tuning converges faster and further", "test loss above full's: " + ", ".join(
              f"{name} {mean_range(values)}" for name, values in less.items()), holds([x > 0 for v in less.values() for x in v])),
          Claim("LoRA's answers score better than full tuning's, though its loss is higher",
-               "right answers less full's: " + ", ".join(
+               "right answers (no reward model was asked) less full's: " + ", ".join(
              f"{name} {mean_range(values)}" for name, values in right.items()),
              holds([x > 0 for v in right.values() for x in v]),
              f"right answers, rank 16 less full: {mean_range(right['r16-none'])}")],
@@ -255,10 +275,12 @@ def lora(lab, n):
 
 def dpo_fits(lab, n):
     """Section 3.3."""
-    rows = {(row["rank"], row["checkpointing"]): fits.largest(row["dpo"], 16) for row in
-            json.loads((HERE / "results/bench/fits.json").read_text()) if row["model"] == "gpt2-medium"}
-    return Found("gpt2-medium, pairs of 512 tokens, bfloat16, AdamW, the reference cached; counted, not measured "
-                 "(python -m studies.fits)",
+    found = json.loads((HERE / "results/ranks/cost-dpo-gpt2-medium.json").read_text())["found"]
+    peaks = {name: statistics.median(one["peak_bytes"] for one in side) / 1e9 for name, side in found.items()}
+    full, lora = peaks["full"], peaks["rank 8, bias none"]
+    return Found("gpt2-medium, one pair of 1,024 tokens a response, fp32, AdamW, the reference in memory, too "
+                 "(python -m studies.bench lora-dpo --model gpt2-medium)",
                  [Claim("DPO of gpt2-medium could not be run on two cards (P100, 16 GB)",
-                        f"on one of 16 GB a micro-batch of {rows[0, False]} pairs fits, {rows[8, False]} with LoRA of rank 8, "
-                        f"{rows[0, True]} with checkpointed activations", "not reproduced" if rows[0, False] else "reproduced")])
+                        f"one such pair needs {full:.1f} GB at its peak, {lora:.1f} with LoRA of rank 8: one of the cards would "
+                        "do (theirs failed where the two had to talk to each other, too)",
+                        "not reproduced" if full < 16 else "reproduced")])

@@ -74,8 +74,9 @@ def save(lab, name, seeds, found):
     if found.draw:
         found.draw(folder / f"{name}.png")
     pictures = [*([f"{RESULTS}/{name}.png"] if found.draw else []), *found.pictures]
+    command = f"python -m studies.reproduce {name}" + (" --hh FOLDER" if name == "real" else "")
     text = json.dumps({"item": name, "title": ITEMS[name].title, "seeds": seeds, "setting": found.setting, "pictures": pictures,
-                       "command": f"python -m studies.reproduce {name}", "claims": [c._asdict() for c in found.claims],
+                       "command": command, "claims": [c._asdict() for c in found.claims],
                        "numbers": found.numbers}, indent=1)
     write_atomically(folder / f"{name}.json", text.encode())
 

@@ -131,10 +131,11 @@ class Trials(Lab):
 
 def write_data(few=None):
     """minihh's splits as files under RUNS: pairs, and plain text (every dialogue with either response); and two parts of train:
-    its first 800 pairs, and a quarter of it without refusals."""
+    its first 800 pairs, and a quarter of it without refusals; the others without them."""
     found = {split: minihh.examples(split) for split in ("train", "valid", "test")}
     helpful = [e for e in found["train"] if e.skill != "refusal"]
-    found |= {"few": found["train"][:800], "helpful": helpful[:len(found["train"]) // 4]}
+    found |= {"few": found["train"][:800], "helpful": helpful[:len(found["train"]) // 4], **{
+        f"helpful-{split}": [e for e in found[split] if e.skill != "refusal"] for split in ("valid", "test")}}
     for name, examples in found.items():   # few: so many rows of each, for quick
         rows = [{"chosen": e.prompt + e.chosen, "rejected": e.prompt + e.rejected} for e in examples[:few]]
         for kind, text in (("jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
@@ -225,14 +226,15 @@ class Comparison(NamedTuple):
 # figures and verdicts
 
 def lasts(runs, key):
-    """[last value a seed]"""
-    return [[e[key] for e in run["events"] if key in e][-1] for run in runs.values()]
+    """[last value a seed], infinite where a run diverged"""
+    return [math.inf if "diverged" in run else [e[key] for e in run["events"] if key in e][-1] for run in runs.values()]
 
 
 def speedups(runs, base, key="val_loss", x="samples", share=1.0):
-    """[cost of the baseline / cost of the method to equal loss, a seed], of {seed: run} and {seed: run}; None where one never
-    gets below its start."""
-    return [speedup(curve(base[seed]["events"], x, key), curve(runs[seed]["events"], x, key), share)[0] for seed in runs
+    """[cost of the baseline / cost of the method to equal loss, a seed], of {seed: run} and {seed: run}; None where one diverged
+    or never gets below its start."""
+    return [None if "diverged" in runs[seed] or "diverged" in base[seed] else
+            speedup(curve(base[seed]["events"], x, key), curve(runs[seed]["events"], x, key), share)[0] for seed in runs
             if seed in base]
 
 
@@ -267,17 +269,22 @@ def differences(runs, base, key):
     return [one[seed] - two[seed] for seed in one if seed in two]
 
 
-def verdict(values, claimed, none=1.0):
+def verdict(values, claimed, none=1.0, at_most=math.inf):
     """Of a ratio (none = 1) or a difference (none = 0) that a report says is about `claimed`, a value a seed: reproduced where
-    every seed is on its side and the median goes at least half of the way (of a ratio's logarithm); partly where every seed is on
-    its side and the median goes a tenth of the way, or where only the median goes half of it; else not."""
+    every seed is on its side and the median goes at least half of the way (of a ratio's logarithm: 1.41 for 2) and no farther
+    than `at_most` times; partly where it goes farther, where every seed is on its side and the median goes a tenth of the way, or
+    where only the median goes half of it; else not. None counts as the farthest on the other side."""
     def way(x):
-        return math.log(x) / math.log(claimed) if none else x / claimed
-    ways = [way(x) for x in values if x is not None]
-    if not ways:
-        return "not reproduced"
-    side, size = min(ways) > 0, statistics.median(ways)
-    return "reproduced" if side and size >= 0.5 else "partly" if side and size >= 0.1 or size >= 0.5 else "not reproduced"
+        return -math.inf if x is None else math.log(x) / math.log(claimed) if none else x / claimed
+    side, size = min(map(way, values)) > 0, statistics.median(map(way, values))
+    return ("reproduced" if side and 0.5 <= size <= at_most else "partly" if side and size >= 0.1 or size >= 0.5 else
+            "not reproduced")
+
+
+def two_verdicts(at_one_rate, own, claimed=2):
+    """Of the same claim in the report's protocol and in the fair one: where they differ, partly."""
+    one, fair = (verdict(values, claimed) for values in (at_one_rate, own))
+    return one if one == fair else "partly"
 
 
 def holds(values, share=1.0):
@@ -297,14 +304,14 @@ def curves(axis, groups, x, y, colors=None):
     """Mean and range over seeds of {label: {seed: run}}'s evaluations."""
     for label, by_seed in groups.items():
         points = [[(e[x], e[y]) for e in run["events"] if y in e] for run in by_seed.values() if "diverged" not in run]
-        if not points:
-            continue
-        length = min(map(len, points))
+        lost = f", {len(by_seed) - len(points)} diverged" if len(points) < len(by_seed) else ""
+        length = min(map(len, points), default=0)
         cost = [statistics.fmean(p[i][0] for p in points) for i in range(length)]
         values = [[p[i][1] for p in points] for i in range(length)]
         drawn = (colors or {}).get(label) or color(label, groups)
         axis.fill_between(cost, list(map(min, values)), list(map(max, values)), color=drawn, alpha=0.12, linewidth=0)
-        axis.plot(cost, list(map(statistics.fmean, values)), color=drawn, linewidth=1.3, label=f"{label} (n = {len(points)})")
+        axis.plot(cost, list(map(statistics.fmean, values)), color=drawn, linewidth=1.3,
+                  label=f"{label} (n = {len(points)}{lost})")
 
 
 def three(values):

@@ -5,6 +5,7 @@ studies/lab.py: the rule that picks learning rates, and runs that are made once 
 """
 import json
 import math
+import random
 import sys
 import threading
 
@@ -65,13 +66,16 @@ def test_band_by_hand():
 
 
 def test_spikes_by_hand():
-    """The third of five steps is twice the median of those around it: one of five is a spike, and the root mean square of
-    (0, 0, 1, 0, 0) is sqrt(1/5). A smooth loss has none, at any scale."""
-    found = labs.spikes([2.0, 2.0, 4.0, 2.0, 2.0], reach=2)
-    assert found == {"share": 0.2, "roughness": pytest.approx(math.sqrt(0.2))}
-    assert labs.spikes([20.0, 20.0, 40.0, 20.0, 20.0], reach=2) == found
-    assert labs.spikes([3.0] * 9) == {"share": 0.0, "roughness": 0.0}
-    assert labs.spikes([1.0, 1.5, 1.0], reach=1)["share"] == 0   # half as high again is not yet one
+    """Of ten steps the last five count. Their third is twice the median of those around it: one of five is a spike. The
+    three inner ones are -1, 2 and -1 from their neighbours' mean: sqrt((1 + 4 + 1) / 3 / 1.5). A line has 0, noise its size."""
+    first = [9.0, 1.0, 9.0, 1.0, 9.0]
+    found = labs.spikes([*first, 2.0, 2.0, 4.0, 2.0, 2.0], reach=2)
+    assert found == {"share": 0.2, "roughness": pytest.approx(math.sqrt(4 / 3))}
+    assert labs.spikes([9.0 - 0.1 * i for i in range(40)]) == {"share": 0.0, "roughness": pytest.approx(0, abs=1e-9)}
+    assert labs.spikes([1.0, 1.0, 1.0, 1.0, 1.5, 1.0], reach=1)["share"] == 0   # half as high again is not yet one
+    noise = random.Random(1)
+    assert labs.spikes([2 + noise.gauss(0, 0.1) for _ in range(20_000)])["roughness"] == pytest.approx(0.1, rel=0.03)
+    assert labs.spikes([1.0, 2.0, 3.0])["roughness"] is None
 
 # ---- runs
 

@@ -116,7 +116,8 @@ NAMES = {   # the registry: a textbook, the default betas, and whether one updat
     "adamw-pma-norescale": (functools.partial(adamw_pma, rescale=False), (0.9, 0.99), False),
     "agma": (agma, (0.9, 0.99), False), "agma-linear": (functools.partial(agma, small_lr="linear"), (0.9, 0.99), False),
     "agma-sgd": (functools.partial(agma, small_lr="linear", small_step="sgd"), (0.9, 0.99), False),
-    "agma-decay": (functools.partial(agma, small_lr="decay"), (0.9, 0.99), False), "agma-perturb": (agma, (0.9, 0.99), False),
+    "agma-decay": (functools.partial(agma, small_lr="decay"), (0.9, 0.99), False),
+    "agma-perturb": (functools.partial(agma, small_lr="decay"), (0.9, 0.99), False),
     "lion": (lion, (0.95, 0.98), True), "lion-pma": (lion_pma, (0.95, 0.98), False),
 }
 AGMAS = [{"small_lr": rate, "small_step": kind} for rate in ("sqrt", "linear", "decay") for kind in ("adam", "sgd")]
