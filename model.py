@@ -430,9 +430,9 @@ def download_model(repository):
 
 
 def load(name, dropout=0.0, block_size=None, kind=GPT):
-    """A GPT in fp32 on the CPU: `mini` (random, from torch's global generator), a size in SIZES (weights from the hub), one of
-    our run folders (its best.pt) or checkpoints, a Hugging Face GPT-2 folder, or `hf:owner/repository`. A smaller block_size
-    drops the positions behind it. kind=RewardModel: a run of train_reward.py."""
+    """A GPT in fp32 on the CPU: `mini`, which is `random:mini`, or another `random:SIZE` (from torch's global generator), a size
+    in SIZES (weights from the hub), one of our run folders (its best.pt) or checkpoints, a Hugging Face GPT-2 folder, or
+    `hf:owner/repository`. A smaller block_size drops the positions behind it. kind=RewardModel: a run of train_reward.py."""
     config, state = _read(name)
     if (state is not None and "reward_head.weight" in state) != (kind is RewardModel):
         raise InputError(f"{name} is a reward model, and a language model is needed here" if kind is GPT else
@@ -463,8 +463,11 @@ def _cut(config, name, block_size, dropout):
 def _read(name):
     """(GPTConfig, state dict with this file's names and shapes); the state is None where the weights are to be random."""
     path = Path(name)
-    if name == "mini":
-        return SIZES["mini"], None
+    if name == "mini" or name.startswith("random:"):
+        size = name.removeprefix("random:")
+        if size not in SIZES:
+            raise InputError(f"{name}: expected random: and one of {', '.join(SIZES)}")
+        return SIZES[size], None
     if name in HUB_NAMES:
         return from_folder(download_model(HUB_NAMES[name]))
     if name.startswith("hf:"):

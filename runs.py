@@ -51,7 +51,7 @@ class Config:
     out: str = "runs/run"                     # the run folder
     overwrite: bool = False                   # replace the run that is in --out
     resume: bool = False                      # go on with the run in --out, with its own flags
-    init: str = "mini"                        # mini, gpt2[-medium|-large|-xl], a run folder, a checkpoint, a Hugging Face GPT-2
+    init: str = "mini"   # mini, gpt2[-medium|-large|-xl], random:SIZE, a run folder, a checkpoint, a Hugging Face GPT-2
     data: str = "minihh"                      # minihh, hh-rlhf[/SUBSET], alpaca, a file or folder (README: Data), or TRAIN,VALID
     half: Literal["all", "sft", "preference"] = "all"   # which half of the training pairs; the two halves share no dialogue
     seed: int = 1                             # of weights, data order, dropout and samples

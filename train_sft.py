@@ -119,8 +119,9 @@ def main(cfg):
             f"{optim.describe(size)}\ndata {cfg.data}: {data.describe(counts)}\n"
             f"on {len(valid)} held-out {'pairs' if longer else unit}: unigram loss {unigram:.3f}"
             + "".join(f", longer-wins {share:.3f}" for share in longer.values()))
-    if cfg.lora_rank and cfg.init == "mini":
-        run.say("note: --init mini is random, and adapters beside random weights learn little: give --init a trained model")
+    if cfg.lora_rank and (cfg.init == "mini" or cfg.init.startswith("random:")):
+        run.say(f"note: --init {cfg.init} is random, and adapters beside random weights learn little: give --init a trained "
+                "model")
     longest = order.longest(steps * cfg.accumulate)
     runs.rehearse((loss for loss, in micro_losses(micro_batches([longest]))), optimizer, size["optimizer_bytes"], device)
     run.begin(model, optimizer, steps, init_sha256=init_sha256, data_sha256=data.sha256(train, valid), **size,

@@ -159,6 +159,7 @@ TABLE = [
     ("train_sft.py", "--data alpaca", "without a network use --init mini, --data minihh or a local path"),
     ("train_sft.py", "--init hf:../../x", "hf:../../x: expected hf:OWNER/REPOSITORY"),
     ("train_sft.py", "--init hf:owner/..", "hf:owner/..: expected hf:OWNER/REPOSITORY"),
+    ("train_sft.py", "--init random:gpt3", "random:gpt3: expected random: and one of mini, gpt2"),
     # models and checkpoints (parts 1 and 6)
     ("train_sft.py", "--init gpt3", "no model 'gpt3': expected mini, gpt2"),
     ("train_sft.py", "--init EMPTY", "EMPTY: expected best.pt (a run), model.safetensors or pytorch_model.bin (Hugging Face)"),

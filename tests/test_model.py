@@ -366,7 +366,7 @@ def test_random_initialisation_knows_nothing():
     # logits of variance s^2 cost about s^2 / 2 over log V; wanted is s < 1. 256 targets move the mean by less than 0.1
     assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.5
     torch.manual_seed(0)
-    again = load("mini")
+    again = load("random:mini")   # by its other name
     torch.manual_seed(1)
     other = load("mini")
     assert torch.equal(again.wte.weight, model.wte.weight) and not torch.equal(other.wte.weight, model.wte.weight)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runs
-from studies import gpu, paper_001, reproduce, trials
+from studies import gpu, paper_000, paper_001, paper_002, reproduce, trials
 from studies.compare import mean_range
 
 HERE = Path(__file__).parent.parent
@@ -60,9 +60,40 @@ def test_accuracy_speedups_and_at_equal_by_hand():
     ([1.4, 1.5], 0.5, 1, "not reproduced"),
     ([0.2, 0.1], 0.18, 0, "reproduced"),            # a difference
     ([-0.2, 0.1], 0.18, 0, "not reproduced"),
-    ([None, None], 2, 1, "not reproduced")])
+    ([None, None], 2, 1, "not reproduced"),
+    ([None, 1.5, 1.6], 2, 1, "partly"),             # a seed that never gets there is on the other side
+    ([None, None, 1.6], 2, 1, "not reproduced"),
+    ([5.0, 6.0], 2, 1, "reproduced")])              # 2.4 times the way and more
 def test_verdicts_by_hand(values, claimed, none, expected):
     assert trials.verdict(values, claimed, none) == expected
+
+
+def test_a_verdict_may_know_too_much():
+    assert [trials.verdict([3.7], claimed, none=0, at_most=2) for claimed in (1.5, 1.9)] == ["partly", "reproduced"]
+
+
+def test_two_protocols_that_differ_are_partly():
+    assert trials.two_verdicts([2.0, 1.9], [1.9, 1.8]) == "reproduced" and trials.two_verdicts([2.0], [1.0]) == "partly"
+    assert trials.two_verdicts([1.0], [0.9]) == "not reproduced"
+
+
+def test_a_run_that_diverged_is_the_worst():
+    lost = {1: run([0, 100], val_loss=[2.0, 0.1]) | {"diverged": "at step 3"}}
+    whole = {1: run([0, 100], val_loss=[2.0, 1.0])}
+    assert trials.lasts(lost, "val_loss") == [math.inf]
+    assert trials.speedups(lost, whole) == trials.speedups(whole, lost) == [None]
+    assert trials.differences(lost, whole, "val_loss") == [math.inf]
+
+
+def test_what_the_items_count_by_hand():
+    """Of two rises of the accuracy one comes without a fall of the loss; the last quarter against the third; two checkpoints
+    against two."""
+    found = run(range(4), val_reward_accuracy=[0.5, 0.6, 0.7, 0.6], val_dpo_loss=[0.7, 0.6, 0.6, 0.5])
+    assert paper_000.rises_without_a_fall(found) == (1, 2)
+    found = run(range(9), val_loss=[9, 9, 9, 9, 1, 3, 4, 5, 6], train_eval_loss=[9, 9, 9, 9, 4, 2, 1, 1, 1])
+    assert paper_002.last_quarter(found) == (5 - 2, 1 - 3)
+    judged = {str(i): {"reward, sampled": x} for i, x in enumerate([9, 9, 9, 1, 3, 9, 7, 9, 5])}
+    assert paper_002.second_half(judged) == (9 + 5) / 2 - (1 + 3) / 2
 
 
 def test_a_verdict_does_not_improve_as_the_figures_get_worse():
@@ -157,6 +188,8 @@ def test_every_gpu_command_names_flags_that_its_script_has():
         module = __import__(script.removesuffix(".py"))
         assert runs.parse(module.Config, words).out.startswith("runs/gpu-")
     assert set(gpu.RECIPES) <= set(reproduce.ITEMS)
+    commands = {command for found in gpu.RECIPES.values() for command in found}
+    assert len({command.split("--out ")[1] for command in commands}) == len(commands)   # one command, one folder
     without = set(reproduce.ITEMS) - set(gpu.RECIPES)
     assert without == {"001-fig2", "001-theory", "real"}
 
