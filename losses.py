@@ -121,8 +121,8 @@ class _Logp(torch.autograd.Function):
 
 def token_logps(hidden, weight, targets, models=1):
     """hidden (S, C), weight (V, C), targets (S,) -> (S,) log-probability of each target: F.linear(hidden, weight).log_softmax(1)
-    [range(S), targets], in chunks. The shift by one is the caller's: hidden[i] is the state *before* targets[i] (data.Batch does
-    it, in one place)."""
+    [range(S), targets], in chunks, as small as where so many models are computed beside each other. The shift by one is the
+    caller's: hidden[i] is the state *before* targets[i] (data.Batch does it, in one place)."""
     if not len(hidden) == len(targets):
         raise ValueError(f"{len(hidden)} hidden states for {len(targets)} targets")
     return _Logp.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad, models)
@@ -199,10 +199,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     """Direct preference optimisation (Rafailov et al. 2023, Eq. 7). All arguments and results (B,).
 
     L = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected);
-    the margin below is beta h. At eps = 0 the gradient at chosen's log pi is -beta sigmoid(-margin), at rejected's the opposite:
+    the margin is beta h. At eps = 0 the gradient at chosen's log pi is -beta sigmoid(-margin), at rejected's the opposite:
     pairs that are ranked right count less. eps > 0 allows for labels that are wrong that often; elsewhere this is called
     "conservative DPO", which is not the CDPO below.
-    Returns losses, chosen rewards and rejected rewards; a reward is beta (log pi - log ref).
+    Returns losses, and without a gradient the chosen and the rejected rewards; a reward is beta (log pi - log ref).
     """
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
@@ -243,10 +243,10 @@ def cdpo_loss(hidden, weight, targets, owner, ref_hidden, ref_weight, ref_logps,
     """L = L_DPO + gamma R (Eq. 4), R the mean over the two responses of the mean over each one's tokens of R_t. How positions and
     responses combine is our choice, since the paper leaves it open.
 
-    hidden, ref_hidden (S, C); weight, ref_weight (V, C); targets, owner (S,); ref_logps (2B,).
-    Returns losses (B,), regularizer (B,), logps (2B,). Only a multiple of losses.sum() can be differentiated: the gradient is
-    computed here, in two phases. The first finds the responses' log-probabilities and with them each one's factor in L_DPO's
-    gradient; in the second, which alone needs the reference's hidden states, all is known.
+    hidden, ref_hidden (S, C); weight, ref_weight (V, C); targets, owner (S,); ref_logps (2B,). Returns losses (B,), and without a
+    gradient regularizer (B,) and logps (2B,). Only a multiple of losses.sum() can be differentiated: the gradient is computed
+    here, in two phases. The first finds the responses' log-probabilities and with them each one's factor in L_DPO's gradient; in
+    the second, which alone needs the reference's hidden states, all is known.
     """
     n = len(ref_logps)
     with torch.no_grad():

@@ -106,12 +106,14 @@ class Walker:
         self.twins = [twins[id(p)] for p in params]
 
     def step(self, gradients):
+        """One step of the optimizer with these gradients, one for each parameter."""
         for twin, g in zip(self.twins, gradients):
             twin.grad = g
         self.optimizer.step()
 
     def update(self, gradients):
-        """u for these gradients; stays where it is."""
+        """u for these gradients, also at a rate of 0; stays where it is. lr_t is what step_size(group, t) says at a rate of 1,
+        where the optimizer has that, t being the age of its state."""
         trial = Walker(self.optimizer, self.twins)
         group = trial.optimizer.param_groups[0]
         for other in trial.optimizer.param_groups:
@@ -123,13 +125,15 @@ class Walker:
 
 
 def variance(samples):
-    """samples: M lists of equal tensors -> (mean over coordinates of the sample variance, that over the mean square)."""
+    """samples: M lists of equal tensors -> (mean over coordinates of the sample variance, that over the mean square, 0 where that
+    is 0)."""
     total = sum(torch.stack(same).var(0).double().sum().item() for same in zip(*samples))
     raw = total / sum(x.numel() for x in samples[0])
     return raw, raw / (mean_square(samples) or 1.0)   # nothing moved: no variance either
 
 
 def mean_square(samples):
+    """Over samples and coordinates, in float64."""
     return sum(x.double().square().sum().item() for tensors in samples for x in tensors) / sum(
         x.numel() for tensors in samples for x in tensors)
 

@@ -4,8 +4,10 @@ its file are the grader.
 
     python exercises/blank.py --list                          # the exercises of README.md, beside this file
     python exercises/blank.py 4                               # the whole of exercise 4, into ../NAME-exercise-4
+    python exercises/blank.py 3 4 9                           # several in one copy: none then shows how another is done
     python exercises/blank.py losses.py dpo_loss              # any function, into ../NAME-dpo_loss
     python exercises/blank.py lora.py LoRALinear.forward merge --to FOLDER
+    python exercises/blank.py 4 --grade FILE                  # FILE, a student's losses.py, in a fresh copy: its points
 
 What stays is the signature, the docstring and every other byte of the file. Comments in the body go with it, since they tell how
 it is done. What holds answers (solutions.py, mutants.py, their tests) is not in a copy that is handed out.
@@ -14,10 +16,12 @@ import argparse
 import ast
 import difflib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,12 +135,14 @@ def listed():
 
 
 def chosen(what):
-    """The arguments of the command line, a number or a file and names -> (file, names, test file, end of the folder's name)."""
-    if len(what) == 1 and what[0].isdecimal():
-        if not 1 <= int(what[0]) <= len(EXERCISES):
-            raise Refused(f"no exercise {what[0]}: they go from 1 to {len(EXERCISES)}, see --list")
-        _, file, names, tests = EXERCISES[int(what[0]) - 1]
-        return file, names, tests, f"exercise-{int(what[0])}"
+    """The arguments of the command line, numbers or a file and names -> ([(file, names, test file)], end of the folder's
+    name)."""
+    if what and all(word.isdecimal() for word in what):
+        wrong = [word for word in what if not 1 <= int(word) <= len(EXERCISES)]
+        if wrong:
+            raise Refused(f"no exercise {wrong[0]}: they go from 1 to {len(EXERCISES)}, see --list")
+        numbers = sorted(set(map(int, what)))
+        return [EXERCISES[n - 1][1:] for n in numbers], "exercise-" + "-".join(map(str, numbers))
     if len(what) < 2:
         raise Refused("expected the number of an exercise, or a file and the names of functions in it; see --list")
     file, *names = what
@@ -145,41 +151,85 @@ def chosen(what):
         close = difflib.get_close_matches(file, [name for name in files if name.endswith(".py")], 3)
         raise Refused(f"{file} is no .py file of this repository" + (f": did you mean {', '.join(close)}?" if close else ""))
     tests = [e.tests for e in EXERCISES if e.file == file and set(names) & set(e.names)] + [f"tests/test_{Path(file).stem}.py"]
-    return file, names, tests[0], names[0]
+    return [(file, names, tests[0])], names[0]
 
 
-def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.add_argument("what", nargs="*", help="the number of an exercise; or a file and the names of functions in it")
-    parser.add_argument("--to", metavar="FOLDER", help="where the copy goes; a new or empty folder")
-    parser.add_argument("--list", action="store_true", help="print the exercises")
-    args = parser.parse_args(arguments)
-    if args.list:
-        print(listed(), end="")
-        return
-    file, names, tests, end = chosen(args.what)
-    text = (ROOT / file).read_bytes().decode()   # as it is, line ends too
+def without(text, file, names):
+    """A source text without the bodies of these functions."""
     for name in names:
         try:
             text = blanked(text, name)
         except Refused as e:
             raise Refused(f"{file}: {e}") from None
+    return text
+
+
+def failed(folder, tests):
+    """The names of the tests in a test file that fail in a copy."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", tests], cwd=folder,
+                          capture_output=True, text=True)
+    if done.returncode not in (0, 1, 2):   # passed, failed, cannot be collected
+        raise Refused(f"{tests}: {(done.stderr or done.stdout).strip()[-200:]}")
+    return set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M))
+
+
+def grade(file, names, tests, path):
+    """A student's file in a fresh copy: how many of the tests that fail without these bodies pass with it. Prints those that do
+    not, and returns whether all tests pass."""
+    text = Path(path).read_bytes().decode()
+    without(text, file, names)   # refused where one of them is not there
+    with tempfile.TemporaryDirectory(prefix="grade-") as folder:
+        folder = Path(folder) / "copy"
+        copied(folder)
+        (folder / file).write_bytes(without((ROOT / file).read_bytes().decode(), file, names).encode())
+        asked = failed(folder, tests)
+        (folder / file).write_bytes(text.encode())
+        left = failed(folder, tests)
+    wrong = asked & left if tests not in left else asked   # else the file cannot even be imported
+    print("\n".join([f"{len(asked - wrong)} of {len(asked)} tests that ask for it pass",
+                     *(f"  not: {one}" for one in sorted(wrong)),
+                     *(f"  nor, though it asks for something else: {one}" for one in sorted(left - asked))]))
+    return not left
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("what", nargs="*", help="numbers of exercises; or a file and the names of functions in it")
+    parser.add_argument("--grade", metavar="FILE", help="run the tests with this file in the repository's place; status 1: not "
+                        "all pass")
+    parser.add_argument("--to", metavar="FOLDER", help="where the copy goes; a new or empty folder")
+    parser.add_argument("--list", action="store_true", help="print the exercises")
+    args = parser.parse_args(arguments)
+    if args.list:
+        print(listed(), end="")
+        return True
+    work, end = chosen(args.what)
+    if args.grade:
+        if len(work) > 1:
+            raise Refused("--grade: expected one exercise")
+        return grade(*work[0], args.grade)
+    texts = {file: (ROOT / file).read_bytes().decode() for file, _, _ in work}   # as they are, line ends too
+    for file, names, _ in work:
+        texts[file] = without(texts[file], file, names)
     folder = Path(args.to) if args.to else ROOT.parent / f"{ROOT.name}-{end}"
     copied(folder)
     for name in TEACHERS:
         (folder / name).unlink(missing_ok=True)
-    (folder / file).write_bytes(text.encode())
-    print(f"{folder}: a copy in which {file} has to be completed: {', '.join(names)}")
-    if (ROOT / tests).is_file():
-        print(f"graded by: cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} -m pytest -q {tests}")
-    else:
-        print(f"no test file goes with {file}: grep -rl {Path(file).stem} tests")
+    for file, text in texts.items():
+        (folder / file).write_bytes(text.encode())
+    for file, names, tests in work:
+        print(f"{folder}: a copy in which {file} has to be completed: {', '.join(names)}")
+        if (ROOT / tests).is_file():
+            print(f"graded by: cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} -m pytest -q {tests}")
+        else:
+            print(f"no test file goes with {file}: grep -rl {Path(file).stem} tests")
+    return True
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-    except (Refused, OSError) as e:
+        sys.exit(0 if main(sys.argv[1:]) else 1)
+    except (Refused, OSError, SyntaxError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

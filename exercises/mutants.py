@@ -141,6 +141,15 @@ MUTANTS = [Mutant(*row) for row in [
      "(policy_rejected_logps - ref_rejected_logps)", "(policy_rejected_logps.detach() - ref_rejected_logps)"),
     (4, "dtype", "losses.py", "the log of a sigmoid, which underflows",
      "F.logsigmoid(margin) - label", "torch.log(torch.sigmoid(margin)) - label"),
+    # what exercises/README.md says goes wrong, where no mutant above has it
+    (4, "detach", "losses.py", "rewards that are for reporting have a gradient",
+     "return losses, chosen_rewards.detach(), rejected_rewards.detach()", "return losses, chosen_rewards, rejected_rewards",
+     False),
+    (4, "normaliser", "losses.py", "the mean is taken inside",
+     "losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)",
+     "losses = -((1 - label_smoothing) * F.logsigmoid(margin)\n"
+     "               + label_smoothing * F.logsigmoid(-margin)).mean().expand_as(margin)",
+     False),
 
     # ---- 5 LoRA ------------------------------------------------------------------------------------------------------
     (5, "scale", "lora.py", "alpha is not divided by the rank",
@@ -194,6 +203,15 @@ MUTANTS = [Mutant(*row) for row in [
      'else group["lr"] / group["period"]', 'else group["lr"] / math.sqrt(group["period"])'),
     (6, "scale", "optim.py", "Lion-PMA's moment is not rescaled",
      "return (scale * (a2 * s + c2),)", "return (a2 * s + c2,)"),
+    (6, "state", "optim.py", "Lion leaves another gradient behind",
+     "torch._foreach_lerp_(mean, g, c2 / (a2 * s + c2))", "torch._foreach_lerp_(mean, g, c2 / (a2 * s + c2))\n"
+     "            torch._foreach_mul_(g, 0)", False),
+    (6, "order", "optim.py", "Lion has one beta for both",
+     "(a1, c1, _), (a2, c2, scale) = (self.moment(group, t, b) for b in group[\"betas\"])",
+     "(a1, c1, _), (a2, c2, scale) = (self.moment(group, t, b) for b in 2 * group[\"betas\"][:1])", False),
+    (6, "order", "optim.py", "Lion's decay stands inside the sign, too",
+     "torch._foreach_sign_(u)", "torch._foreach_add_(u, p, alpha=group[\"weight_decay\"])\n            torch._foreach_sign_(u)",
+     False),
 
     # ---- 7 AdamW-PMA -------------------------------------------------------------------------------------------------
     (7, "scale", "optim.py", "small steps are of lr / K",
@@ -262,6 +280,10 @@ MUTANTS = [Mutant(*row) for row in [
      "d = torch.zeros_like(s).scatter_(1, target, f)"),
     (9, "detach", "losses.py", "softmax's sum counts as a constant",
      "                d.addcmul_(logp.exp_(), d.sum(1, keepdim=True), value=-1)\n", ""),
+    (9, "scale", "losses.py", "R_t has a log of the sigmoid",
+     "s = torch.sigmoid(beta * (logp - ref_logp))", "s = torch.sigmoid(beta * (logp - ref_logp)).log()", False),
+    (9, "normaliser", "losses.py", "a pair's positions are averaged together",
+     "# to take the mean over a response's tokens", "\n    lengths = lengths.view(2, -1).mean(0).repeat(2)", False),
 
     # ---- 10 the reward head ------------------------------------------------------------------------------------------
     (10, "sign", "losses.py", "the reward loss prefers the rejected response",
@@ -307,6 +329,13 @@ MUTANTS = [Mutant(*row) for row in [
      "                updates.append(walk.update(gradients[-1]))\n                walk.step(gradients[-1])"),
     (11, "state", "variance.py", "the perturbation is a part of the displacement",
      ',\n                                                    **({"perturb": 0.0} if "perturb" in group else {})})', "})"),
+    (11, "normaliser", "variance.py", "a mean of the tensors' means",
+     "total = sum(torch.stack(same).var(0).double().sum().item() for same in zip(*samples))\n"
+     "    raw = total / sum(x.numel() for x in samples[0])",
+     "total = sum(torch.stack(same).var(0).double().mean().item() for same in zip(*samples))\n"
+     "    raw = total / len(samples[0])", False),
+    (11, "scale", "variance.py", "lr_t stays in u",
+     "return [p / -lr_t for p in trial.params]", "return [-p for p in trial.params]", False),
 
     # ---- 12 accumulation, weighted by tokens -------------------------------------------------------------------------
     (12, "normaliser", "train_sft.py", "a mean of the micro-batches' means",

@@ -122,7 +122,7 @@ class Lion(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             (b1, b2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 u = torch.sign(b1 * m + (1 - b1) * p.grad)
                 m.mul_(b2).add_(p.grad, alpha=1 - b2)
@@ -137,7 +137,7 @@ class AdamWPMA(bugs.AdamWPMA):
     def step(self):
         super().step()
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 s, K = self.state[p], group["period"]
                 t = s["t"] - 1   # of the step just taken
                 if t > 0 and t % K == 0:
@@ -146,7 +146,13 @@ class AdamWPMA(bugs.AdamWPMA):
 
 
 SOLUTIONS = {name: globals()[name] for name in bugs.BUGS}
+STEP_0 = """
+Where policy and reference are one model, DPO's loss is log 2 whatever is done to its inputs: pair_labels, response_logp,
+sequence_logps, dpo_loss, Adapter and FoldingAdapter start there all the same, and only frozen_reference shows itself. Another
+number at step 0 finds two more: with random weights a response's log-prob is about -log V times its number of tokens, of which
+response_logp lacks one and which sequence_logps divides."""
 
 
 if __name__ == "__main__":
     bugs.table(SOLUTIONS)
+    print(STEP_0)

@@ -173,6 +173,37 @@ def test_an_exercise_is_a_copy_that_differs_in_one_file(tmp_path, capsys):
     assert re.findall(r'NotImplementedError\("exercise: (.*)"\)', text) == list(EXERCISES[6].names)
 
 
+def test_several_exercises_in_one_copy(tmp_path, capsys):
+    """Two of them in one file."""
+    blank.main(["9", "3", "1", "--to", str(tmp_path / "copy")])
+    said = capsys.readouterr().out
+    assert [said.count(f"{file} has to be completed") for file in ("model.py", "losses.py", "data.py")] == [1, 2, 0]
+    for file, numbers in (("losses.py", (3, 9)), ("model.py", (1,))):
+        gone = re.findall(r'NotImplementedError\("exercise: (.*)"\)', (tmp_path / "copy" / file).read_text())
+        assert sorted(gone) == sorted(name for n in numbers for name in EXERCISES[n - 1].names)
+
+
+def test_grades_by_hand(tmp_path, monkeypatch, capsys):
+    """Three tests, two of which ask for f; one wrong body, a right one, one that breaks g, and one that is no Python."""
+    root = tmp_path / "nano"
+    (root / "tests").mkdir(parents=True)
+    (root / "a.py").write_text("def f(x):\n    return 2 * x\n\ndef g(x):\n    return x\n")
+    (root / "tests/test_a.py").write_text("import sys; sys.path.insert(0, '.')\nimport a\nimport pytest\n"
+                                          "@pytest.mark.parametrize('x', [1, 2])\ndef test_f(x):\n    assert a.f(x) == 2 * x\n"
+                                          "def test_g():\n    assert a.g(1) == 1\n")
+    monkeypatch.setattr(blank, "ROOT", root)
+    for f, g, good, lines in (
+            ("x + 1", "x", False, ["1 of 2 tests that ask for it pass", "  not: tests/test_a.py::test_f[2]"]),
+            ("x + x", "x", True, ["2 of 2 tests that ask for it pass"]),
+            ("x + x", "0", False, ["2 of 2 tests that ask for it pass",
+                                   "  nor, though it asks for something else: tests/test_a.py::test_g"])):
+        (tmp_path / "mine.py").write_text(f"def f(x):\n    return {f}\n\ndef g(x):\n    return {g}\n")
+        assert blank.main(["a.py", "f", "--grade", str(tmp_path / "mine.py")]) is good
+        assert capsys.readouterr().out.splitlines() == lines
+    (tmp_path / "mine.py").write_text("import nothing_like_this\ndef f(x):\n    return 2 * x\n\ndef g(x):\n    return x\n")
+    assert blank.main(["a.py", "f", "--grade", str(tmp_path / "mine.py")]) is False
+
+
 def test_where_a_copy_goes(tmp_path, monkeypatch, capsys):
     """Beside the repository, named after it; into an empty folder, but into no other."""
     went = []
@@ -204,6 +235,10 @@ def test_where_a_copy_goes(tmp_path, monkeypatch, capsys):
     (["losses.py", "dpo_loss", "--to", str(ROOT / "tests")], "not an empty folder"),
     (["4", "--to", str(ROOT / "LICENSE" / "x")], "Not a directory"),
     (["4", "--wrong"], "unrecognized arguments"),
+    (["4", "14"], "no exercise 14: they go from 1 to 13"),
+    (["3", "4", "--grade", "losses.py"], "--grade: expected one exercise"),
+    (["4", "--grade", "nothing.py"], "No such file"),
+    (["4", "--grade", "lora.py"], "losses.py: no function dpo_loss"),
 ])
 def test_an_error_is_one_line_and_status_2(arguments, message):
     done = subprocess.run([sys.executable, str(ROOT / "exercises/blank.py"), *arguments], capture_output=True, text=True)
@@ -268,13 +303,15 @@ FAR = {"accumulate": 0.1, "frozen_reference": 0.05, "Lion": 0.05}   # else 0.1 o
 
 @every_bug
 def test_a_bug_shows_its_symptom_and_its_solution_does_not(name):
-    symptom = bugs.BUGS[name]
+    symptom, check = bugs.BUGS[name]
     (_, found), (_, expected) = symptom().items()
     (_, mended), (_, again) = symptom(getattr(solutions, name)).items()
     far = FAR.get(name, 0.05 * abs(expected))
     assert abs(found - expected) > far
     # fp32, and another order of its sums; FoldingAdapter adds to a weight and takes away again
     assert again == expected and mended == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert bugs.mended(name, getattr(solutions, name)) and not bugs.mended(name, getattr(bugs, name))
+    assert check(getattr(solutions, name))
     if name in BY_HAND:
         assert expected == pytest.approx(BY_HAND[name], rel=1e-4, abs=1e-6)
 
@@ -284,6 +321,50 @@ def test_bug_and_solution_are_called_alike_and_say_something(name):
     wrong, right = getattr(bugs, name), getattr(solutions, name)
     assert wrong is not right and wrong.__doc__ and right.__doc__ and wrong.__doc__ != right.__doc__
     assert inspect.signature(wrong) == inspect.signature(right)
+
+
+def rolled_labels(prompts, chosen, rejected):
+    ids, labels = solutions.pair_labels(prompts, chosen, rejected)
+    return ids, labels.roll(-1, 1)
+
+
+class NeverFolds(solutions.Adapter):
+    pass
+
+
+class OneBeta(solutions.Lion):
+    @bugs.torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, _), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("m", bugs.torch.zeros_like(p)).lerp_(p.grad, 1 - b1)
+                p.mul_(1 - lr * group["weight_decay"]).sub_(lr * m.sign())
+
+
+class ForgetsV(solutions.AdamWPMA):
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for s in map(self.state.get, group["params"]):
+                if s and s["t"] > 1 and (s["t"] - 1) % group["period"] == 0:
+                    s["v"].div_(group["period"])
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("pair_labels", rolled_labels), ("frozen_reference", lambda model: model.eval()), ("FoldingAdapter", NeverFolds),
+    ("Lion", OneBeta), ("AdamWPMA", ForgetsV), ("dpo_loss", lambda *args: solutions.dpo_loss(*args[:4], 1.0))])
+def test_what_only_takes_the_symptom_away_is_not_mended(name, wrong):
+    assert not bugs.mended(name, wrong)
+
+
+def test_own_snippets_are_judged(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def sequence_logps(logp, mask):\n    return (logp * mask).sum(1)\n\n"
+                                      "def dpo_loss(a, b, c, d, beta):\n    return -F.logsigmoid(beta * (a - b).sum(1))\n")
+    assert bugs.main(["--own", str(tmp_path / "mine.py")]) is False
+    _, one, two = capsys.readouterr().out.splitlines()
+    assert one.split()[0] == "sequence_logps" and one.endswith("1.0000    1.0000  right")
+    assert two.split()[0] == "dpo_loss" and two.endswith("0.0181    0.0181  wrong elsewhere")   # where the references differ
 
 
 def test_scored_tokens_by_hand():
@@ -310,7 +391,7 @@ def test_a_folding_adapter_keeps_its_outputs_in_both_modes():
 
 def test_the_table_and_the_picture(tmp_path, monkeypatch, drawn, capsys):
     """With the curves that take long replaced: every panel has the snippet and the right one, on axes with names."""
-    monkeypatch.setattr(bugs, "BUGS", {"Lion": bugs.symptom_lion})
+    monkeypatch.setattr(bugs, "BUGS", {"Lion": bugs.BUGS["Lion"]})
     monkeypatch.setattr(bugs, "ends", lambda labels, steps, every=1: [(0, 0.0), (steps, 0.5)])
     monkeypatch.setattr(bugs, "prompt_under_dpo", lambda labels, steps: [-1.0] * (steps + 1))
     monkeypatch.setattr(bugs, "loss_after_evaluations", lambda make: [1.0] * 9)

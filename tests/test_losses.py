@@ -704,7 +704,7 @@ def test_cdpo_and_its_gradients_are_those_of_full_logits(beta, gamma, chunked):
     hidden, weight = rows[:2]
     ours, oracle = cdpo(*rows, beta, gamma), full_cdpo(*rows, beta, gamma)
     torch.testing.assert_close(ours, oracle, **EXACT)
-    assert [x.requires_grad for x in ours] == [True, False, False]
+    assert [x.requires_grad for x in ours] == [True, False, False], "the regulariser and the log-probs have no gradient"
     assert_same_gradients(ours[0], oracle[0], (hidden, weight), torch.full((2,), -3.0, dtype=torch.float64))
     for i in (0, 1):
         loss, regularizer, logps = cdpo(*one_pair(*rows, i), beta, gamma)

@@ -163,6 +163,18 @@ def with_period(kind, K):
     return functools.partial(kind, **{} if kind is Lion else {"period": K})
 
 
+@pytest.mark.parametrize("question, arguments, expected", [
+    ("moment", (0.9,), [(0, 0.1, 1), (0.5, 0.05, 1), (0.9, 0.05, 2), (0.5, 0.05, 1)]),
+    ("correction", (0.9,), [0.1, 0.1, 0.19, 0.19]),
+    ("denominator", (0.02,), 2 * [(2 ** 0.5, 1e-8)] + 2 * [((0.02 / 0.0199) ** 0.5, 1e-8)]),
+    ("step_size", (), [0.1 / 2 ** 0.5, 0.1 / 2 ** 0.5, 0.1, 0.1 / 2 ** 0.5])])
+def test_the_four_answers_by_hand(question, arguments, expected):
+    """AdamW-PMA at K = 2: steps 0 and 1 are small, 2 is large, 3 is small."""
+    optimizer = AdamWPMA([torch.nn.Parameter(torch.zeros(1))], lr=0.1, betas=(0.9, 0.99), period=2)
+    for t, answer in enumerate(expected):
+        assert getattr(optimizer, question)(optimizer.param_groups[0], t, *arguments) == pytest.approx(answer), f"t = {t}"
+
+
 def follow(rule, optimizer, model, K, settings, steps, eps=1e-8, absent=(), largest=0.0, perturb=0.0):
     """Give optimizer and rule the same gradients; compare every parameter after every step. The gradients are of very different
     sizes, some zero, all zero in each fifth step; lr falls from period to period. settings: (lr, betas, decay) per parameter;

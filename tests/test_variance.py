@@ -246,7 +246,7 @@ def test_the_scale_of_float16s_losses_is_taken_out_again():
 def test_the_displacement_is_without_agmas_perturbation():
     """The noise is no part of u. Two steps were done: at K = 2 the next one is large, after which it falls."""
     found = []
-    for name in ("agma", "agma-perturb"):
+    for name in ("agma-decay", "agma-perturb"):
         model = Linear()
         optimizer = optim.make(name, model, 0.01, None, 0.0, 2)
         for _ in range(2):
