@@ -497,7 +497,7 @@ def schedule_ablation(lab, n):
         figure, axes = plots.canvas(2)
         for axis, groups, title in ((axes[0], shared, f"all at {rates[base]:g}"),
                                     (axes[1], own, "each at its own rate")):
-            curves(axis, groups, "samples", which.loss)
+            curves(axis, groups, "samples", which.loss, colors={base: "#222222"})
             axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
             plots.finish(axis, "pairs seen", "held-out DPO loss")
         figure.savefig(path, dpi=110)

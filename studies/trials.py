@@ -281,10 +281,13 @@ def verdict(values, claimed, none=1.0, at_most=math.inf):
             "not reproduced")
 
 
+def both(one, other):
+    """Of the verdicts in the report's protocol and in the fair one: where they differ, partly."""
+    return one if one == other else "partly"
+
+
 def two_verdicts(at_one_rate, own, claimed=2):
-    """Of the same claim in the report's protocol and in the fair one: where they differ, partly."""
-    one, fair = (verdict(values, claimed) for values in (at_one_rate, own))
-    return one if one == fair else "partly"
+    return both(verdict(at_one_rate, claimed), verdict(own, claimed))
 
 
 def holds(values, share=1.0):
