@@ -253,7 +253,7 @@ def dpo_curves(lab, n):
 
 PAIRS = 800   # trials.write_data's few
 EPOCHS = Comparison(
-    "001-fig5", "train_dpo.py", [*FAIR, "--micro-batch", 4, "--accumulate", K, "--epochs", 4, "--warmup", 4, "--eval-every", 5],
+    "001-fig5", "train_dpo.py", [*FAIR, "--micro-batch", 4, "--accumulate", K, "--epochs", 4, "--warmup", 4, "--eval-every", 10],
     {name: (power, ["--optimizer", name]) for name, power in (("adamw", -8), ("adamw-pma", -9), ("adamw-noaccum", -11))},
     sft_start, "val_dpo_loss", {"train": "few"})
 
@@ -386,7 +386,7 @@ def variances(lab, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # figure 8: bfloat16 in the place of 7B, and the time that PMA takes
 
-HALF = SFT._replace(name="001-fig8", methods={name: (0, [*SFT.methods[f"{name}-8"][1], "--dtype", "bfloat16"])
+HALF = SFT._replace(name="001-fig8", methods={name: (0, [*SFT.methods[f"{name}-8"][1], "--dtype", "bfloat16", "--eval-every", 15])
                                               for name in ("adamw", "adamw-pma")})
 
 

@@ -171,7 +171,7 @@ def divergence(lab, n):
 # figures 3 and 4, table 1: optimizers; accumulation
 
 NAMES = {"adamw": -5, "adam": -5, "nesterov": 5, "momentum": 5, "sgd": 11}
-SHORT = [*LONG, "--steps", 400, "--eval-every", 40]
+SHORT = [*LONG, "--steps", 400, "--eval-every", 80]
 TORCH = {"adamw": ["--betas", "0.9,0.999", "--weight-decay", 0.01], "adam": ["--betas", "0.9,0.999"]}   # torch's defaults
 FIVE = Comparison("002-fig3-4", "train_sft.py", [*SHORT, "--accumulate", 4],
                   {name: (power, ["--optimizer", name, *TORCH.get(name, [])]) for name, power in NAMES.items()}, text_start,
@@ -226,7 +226,7 @@ def optimizers(lab, n):
 def accumulation(lab, n):
     """1,600 dialogues one a step, and four a step."""
     four_rates = {"adamw": FIVE.tuned(lab, "adamw")}
-    ones = Comparison("002-accumulation", "train_sft.py", [*LONG, "--steps", 1600, "--eval-every", 160],
+    ones = Comparison("002-accumulation", "train_sft.py", [*LONG, "--steps", 1600, "--eval-every", 320],
                       {"adamw": (-6, ["--optimizer", "adamw", *TORCH["adamw"]])}, text_start, tuning=["--eval-every", 1600])
     one_rate = ones.tuned(lab, "adamw")
     one = ones.at(lab, {"adamw": one_rate}, n)["adamw"]

@@ -50,7 +50,7 @@ def sft_start(lab, seed):
 
 
 DPO = Comparison("real/dpo", "train_dpo.py", [*FAIR, "--micro-batch", 8, "--accumulate", 2, "--steps", 60, "--warmup", 5,
-                                              "--eval-every", 6, "--beta", 0.1, "--log-every", 1],
+                                              "--eval-every", 12, "--beta", 0.1, "--log-every", 1],
                  {"DPO": (0, []), "CDPO, gamma 1": (0, ["--loss", "cdpo"])}, sft_start, "val_dpo_loss", {"train": "hh-train"})
 
 
