@@ -53,6 +53,7 @@ def table1(lab, n):
                 axis.plot(i, statistics.median(values), "_", color=drawn, markersize=16)
             axis.set_xticks(range(len(found)), list(found), rotation=40, ha="right", fontsize=8)
             axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
+            axis.set_ylim(0.95 * min(map(min, ends_own.values())), 1.05 * max(map(max, ends.values())))
             plots.finish(axis, "", "held-out loss after 2,400 dialogues", legend=False)
         figure.savefig(path, dpi=110)
 
@@ -225,12 +226,10 @@ def dpo_curves(lab, n):
         figure, axes = plots.canvas(4, 2, height=6.5)
         for row, (found, title) in enumerate(((shared, "one rate"), (groups, "own rates, longer"))):
             for axis, (x, unit, y, what) in zip(axes[4 * row:], (
-                    ("samples", "pairs seen", key, "accuracy"), ("updates", "updates (log)", key, "accuracy"),
+                    ("samples", "pairs seen", key, "accuracy"), ("updates", "updates", key, "accuracy"),
                     ("flops", "FLOPs", DPO.loss, "DPO loss"), ("seconds", "seconds, two runs at a time", DPO.loss, "DPO loss"))):
                 curves(axis, found, x, y)
                 axis.set_title(f"held-out {what}, {title}", fontsize=9)
-                if x == "updates":
-                    axis.set_xscale("symlog", linthresh=100)
                 plots.finish(axis, unit, "", legend=x == "samples")
         figure.suptitle("DPO on minihh, K = 8 (y axes do not start at 0)", fontsize=10)
         figure.savefig(path, dpi=110)
@@ -324,6 +323,7 @@ def periods(lab, n):
             axis.set_xticks(ks, ks)
             axis.axhline(1, color="#8c8c8c", linewidth=0.8)
             axis.set_title(f"{task.upper()}: median and range, n = 3", fontsize=9)
+            axis.set_ylim(0.8 * min(map(min, found.values())), 1.05 * max(map(max, found.values())))
             plots.finish(axis, "K (both at their rates for K = 8)", "speedup over AdamW in samples", legend=False)
         figure.savefig(path, dpi=110)
     peak = max(ks, key=lambda k: statistics.median(found["dpo", k]))
