@@ -114,9 +114,8 @@ def speedup_at_one_rate(lab, n):
         figure, axes = plots.canvas(2, 2, height=6.5)
         for axis, (task, runs) in zip(axes, one.items()):
             curves(axis, runs, "samples", KEY[task])
-            axis.set_title(f"{task}: AdamW's two at {rates[task]['one']:g}, Lion's at {rates[task]['one, Lion']:g} (y axis does "
-                           "not start at 0)", fontsize=8)
-            plots.finish(axis, "examples seen (FLOPs: the same up to a constant)", "held-out loss")
+            axis.set_title(f"{task}, one rate: {rates[task]['one']:g}, for Lion's {rates[task]['one, Lion']:g}", fontsize=9)
+            plots.finish(axis, "examples seen (FLOPs: the same up to a constant)", "held-out loss (axis not from 0)")
         for axis, task in zip(axes[2:], one):
             bars = {f"{pma}, {how}": found[task, pma] for how, found in (("one rate", at_one), ("own rates", at_own),
                                                                          ("own, longer", longer)) for _, pma in BASES}
