@@ -51,7 +51,7 @@ def draw_long(groups, path):
     figure, axes = plots.canvas(3)
     for label, style in zip(groups, ("-", "--")):
         for key, color, what in (("train_eval_loss", plots.CHOSEN, "training, 200"),
-                                 ("val_loss", plots.HELD_OUT, "held out, 520")):
+                                 ("val_loss", plots.HELD_OUT, "held out")):
             runs = [run for run, _ in groups[label].values()]
             points = [[(e["step"], e[key]) for e in run["events"] if key in e] for run in runs]
             steps = [step for step, _ in points[0]]
