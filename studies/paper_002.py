@@ -225,12 +225,10 @@ def optimizers(lab, n):
 
 def accumulation(lab, n):
     """1,600 dialogues one a step, and four a step."""
-    four_rates = {"adamw": FIVE.tuned(lab, "adamw")}
     ones = Comparison("002-accumulation", "train_sft.py", [*LONG, "--steps", 1600, "--eval-every", 320],
                       {"adamw": (-6, ["--optimizer", "adamw", *TORCH["adamw"]])}, text_start, tuning=["--eval-every", 1600])
-    one_rate = ones.tuned(lab, "adamw")
-    one = ones.at(lab, {"adamw": one_rate}, n)["adamw"]
-    four = FIVE.at(lab, four_rates, n)["adamw"]
+    one_rate, four_rate = lab.map(lambda comparison: comparison.tuned(lab, "adamw"), [(ones,), (FIVE,)])
+    one, four = (comparison.at(lab, {"adamw": lr}, n)["adamw"] for comparison, lr in ((ones, one_rate), (FIVE, four_rate)))
     less = differences(four, one, "val_loss")
     faster = speedups(four, one)
 
@@ -241,11 +239,11 @@ def accumulation(lab, n):
         plots.finish(axis, "dialogues seen", "held-out loss")
         figure.savefig(path, dpi=110)
     return Found(
-        f"SFT on all tokens, 1,600 dialogues, AdamW, own rates {one_rate:g} (1 a step) and {four_rates['adamw']:g} (4 a step)",
+        f"SFT on all tokens, 1,600 dialogues, AdamW, own rates {one_rate:g} (1 a step) and {four_rate:g} (4 a step)",
         [Claim("accumulation of 4 seems no different from a batch of 1",
                f"at equal dialogues 4 a step ends {mean_range(less)} beside 1 a step, {spread(faster)} times as fast",
                holds([abs(x) < 0.02 for x in less]))],
-        draw, numbers={"rates": {"1": one_rate, "4": four_rates["adamw"]}, "less": less})
+        draw, numbers={"rates": {"1": one_rate, "4": four_rate}, "less": less})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 5 to 7 and table 2: LoRA; section 3.3: DPO that did not fit
