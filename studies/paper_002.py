@@ -13,7 +13,7 @@ import plots
 from studies import paper_000
 from studies.compare import mean_range, spread
 from studies.lab import HERE
-from studies.trials import (FAIR, Claim, Comparison, Found, curves, differences, holds, lasts, speedups, text_start, three)
+from studies.trials import (FAIR, Claim, Comparison, Found, both, curves, differences, holds, lasts, speedups, text_start, three)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 1, 2, 8 and 9: one dialogue a step, for long; on all data and on the helpful part
@@ -164,7 +164,7 @@ def divergence(lab, n):
         f"as 002-fig1, 1,000 steps; 1 is the rate tuned there, {lr:g} (the project's 1e-4)",
         [Claim("10 and 100 times the rate do not converge", "held-out loss, last less first: " + ", ".join(
             f"{name} {three(values)}" for name, values in change.items()),
-            holds([x > 0 for times in (10, 100) for x in change[f"{times} times"]]))], draw,
+            both(*(holds([x > 0 for x in change[f"{times} times"]]) for times in (10, 100))))], draw,
         numbers={"rate": lr, "change": {name: [x if x < math.inf else None for x in values] for name, values in change.items()}})
 
 # ----------------------------------------------------------------------------------------------------------------------
