@@ -89,7 +89,8 @@ def real(lab, n):
         [Claim("(001) PMA reaches the same SFT loss about 2 times as fast", f"own rates {spread(faster)}; last loss " + ", ".join(
             f"{name} {three(values)}" for name, values in ends.items()), verdict(faster, 2)),
          Claim("(000) CDPO reaches the same accuracy in half of the time",
-               f"{'' if min(accuracy['DPO']) > 0.55 else 'no accuracy to reach: '}last {three(accuracy['DPO'])} (DPO), {three(accuracy['CDPO, gamma 1'])} (CDPO), "
+               f"{'' if min(accuracy['DPO']) > 0.55 else 'no accuracy to reach: '}last {three(accuracy['DPO'])} (DPO), "
+               f"{three(accuracy['CDPO, gamma 1'])} (CDPO), "
                f"CDPO less DPO {mean_range(less)}; to the highest that both reach {spread(sooner)}, "
                f"KL there {spread(far)} times DPO's",
                verdict(sooner, 2) if holds([a > 0.55 for a in accuracy["DPO"]]) == "reproduced" else "not testable here")],

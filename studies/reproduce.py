@@ -103,7 +103,8 @@ def table(folder):
 
 def short(folder):
     """The headlines, for the README."""
-    lines = ["| | the report says | here, over seeds: median (of a difference: mean) [range] | verdict |", "| --- | --- | --- | --- |"]
+    lines = ["| | the report says | here, over seeds: median (of a difference: mean) [range] | verdict |",
+             "| --- | --- | --- | --- |"]
     for name in ITEMS:
         path = folder / f"{name}.json"
         claims = json.loads(path.read_text())["claims"] if path.exists() else []
