@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "runs", "hh", "__pycache__", ".pytest_cache", ".ruff_cache")   # where there is no git to ask
+TIMEOUT = 900   # seconds for a test file
 TEACHERS = ("exercises/solutions.py", "exercises/mutants.py", "tests/test_exercises.py", "tests/test_mutants.py")
 
 
@@ -166,8 +167,11 @@ def without(text, file, names):
 
 def failed(folder, tests):
     """The names of the tests in a test file that fail in a copy."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", tests], cwd=folder,
-                          capture_output=True, text=True)
+    try:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", tests],
+                              cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {tests}   # one that runs for ever; as if nothing of it ran
     if done.returncode not in (0, 1, 2):   # passed, failed, cannot be collected
         raise Refused(f"{tests}: {(done.stderr or done.stdout).strip()[-200:]}")
     return set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M))
@@ -185,7 +189,7 @@ def grade(file, names, tests, path):
         asked = failed(folder, tests)
         (folder / file).write_bytes(text.encode())
         left = failed(folder, tests)
-    wrong = asked & left if tests not in left else asked   # else the file cannot even be imported
+    wrong = asked & left if tests not in left else asked   # else the file cannot even be imported, or takes for ever
     print("\n".join([f"{len(asked - wrong)} of {len(asked)} tests that ask for it pass",
                      *(f"  not: {one}" for one in sorted(wrong)),
                      *(f"  nor, though it asks for something else: {one}" for one in sorted(left - asked))]))

@@ -44,7 +44,7 @@ ITEMS = {
     "000-fig2-4": Item(paper_000.lora_ranks, "LoRA: ranks, biases, memory, speed (from results/ranks)", 5, 0),
     "000-fig5-6": Item(paper_000.cdpo, "DPO and CDPO: variance, equal accuracy, out-of-sequence tokens", 5, 18),
     "000-fig7": Item(paper_000.agma, "AGMA and its ablations", 3, 16),
-    "001-fig1": Item(paper_001.speedup_at_one_rate, "PMA's speedup at one rate and at own rates (figures 1, 11, 12)", 5, 22),
+    "001-fig1": Item(paper_001.pma_speedup, "PMA's speedup at one rate and at own rates (figures 1, 11, 12)", 5, 22),
     "001-fig2": Item(paper_001.schedule, "dynamic beta and learning rate, read off the optimizer", 1, 0),
     "001-table1": Item(paper_001.table1, "validation loss by optimizer and K, one pass of SFT", 3, 20),
     "001-fig3-4": Item(paper_001.dpo_curves, "DPO's accuracy, loss and time (figures 3, 4, 13, 14)", 5, 6),

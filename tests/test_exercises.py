@@ -303,15 +303,15 @@ FAR = {"accumulate": 0.1, "frozen_reference": 0.05, "Lion": 0.05}   # else 0.1 o
 
 @every_bug
 def test_a_bug_shows_its_symptom_and_its_solution_does_not(name):
-    symptom, check = bugs.BUGS[name]
+    symptom = bugs.BUGS[name]
     (_, found), (_, expected) = symptom().items()
     (_, mended), (_, again) = symptom(getattr(solutions, name)).items()
     far = FAR.get(name, 0.05 * abs(expected))
     assert abs(found - expected) > far
     # fp32, and another order of its sums; FoldingAdapter adds to a weight and takes away again
     assert again == expected and mended == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert bugs.mended(name, getattr(solutions, name)) and not bugs.mended(name, getattr(bugs, name))
-    assert check(getattr(solutions, name))
+    assert bugs.judged(name, getattr(solutions, name))[-1] == "right" and not bugs.judged(name, getattr(bugs, name))[-1]
+    assert not bugs.CHECKS[name](getattr(bugs, name))
     if name in BY_HAND:
         assert expected == pytest.approx(BY_HAND[name], rel=1e-4, abs=1e-6)
 
@@ -355,7 +355,17 @@ class ForgetsV(solutions.AdamWPMA):
     ("pair_labels", rolled_labels), ("frozen_reference", lambda model: model.eval()), ("FoldingAdapter", NeverFolds),
     ("Lion", OneBeta), ("AdamWPMA", ForgetsV), ("dpo_loss", lambda *args: solutions.dpo_loss(*args[:4], 1.0))])
 def test_what_only_takes_the_symptom_away_is_not_mended(name, wrong):
-    assert not bugs.mended(name, wrong)
+    assert bugs.judged(name, wrong)[-1] != "right"
+
+
+@pytest.mark.parametrize("text, message", [(None, "no file"), ("x = 1\n", "has none of pair_labels, sft_labels")])
+def test_a_file_without_snippets_is_refused(tmp_path, capsys, text, message):
+    if text:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        bugs.main(["--own", str(tmp_path / "mine.py")])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_own_snippets_are_judged(tmp_path, capsys):

@@ -194,6 +194,25 @@ def test_every_gpu_command_names_flags_that_its_script_has():
     assert without == {"001-fig2", "001-theory", "real"}
 
 
+def test_gpu_commands_are_run_each_once_and_go_on(tmp_path, monkeypatch, capsys):
+    """Two items, one of whose commands is in both. Called again, a run that has ended has nothing to do; a command that fails
+    ends it in one line."""
+    short = "train_sft.py --steps 2 --warmup 0 --micro-batch 2 --eval-every 2 --eval-samples 4 --eval-answers 0 --out"
+    one, two = f"{short} {tmp_path}/one", f"{short} {tmp_path}/two"
+    monkeypatch.setattr(gpu, "RECIPES", {"000-fig1": [one], "000-fig7": [one, two]})
+    monkeypatch.setattr(gpu, "estimate", lambda command: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    gpu.show(["000-fig1", "000-fig7"], True)
+    assert capsys.readouterr().out.count("# as above: --out ") == 1
+    held = {name: (tmp_path / name / "last.pt").read_bytes() for name in ("one", "two")}
+    gpu.show(["000-fig7"], True)
+    assert all((tmp_path / name / "last.pt").read_bytes() == before for name, before in held.items())
+    monkeypatch.setattr(gpu, "RECIPES", {"000-fig1": [f"{short} {tmp_path}/three --lr nothing"]})
+    with pytest.raises(gpu.InputError, match="train_sft.py ended with status 2; what is done is kept, and the same call goes on"):
+        gpu.show(["000-fig1"], True)
+
+
 def test_estimates_by_hand():
     """DPO of gpt2-medium, 300 steps of 2,048 pairs of 140 + 64 + 64 tokens: 6 (302 M matrices x 268 + 51 M head x 128) FLOPs each
     and attention's; and a batch of 1 is bound by the number of passes."""
