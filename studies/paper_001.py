@@ -414,8 +414,8 @@ def half(lab, n):
         f"({', '.join(f'{name} {rate:g}' for name, rate in rates.items())}), and one, {lr:g}",
         [Claim("at 7B in bfloat16 AdamW-PMA has a much lower loss throughout",
                f"7B: not testable here. 0.7 M in bfloat16: PMA less AdamW {mean_range(less)} at one rate, "
-               f"{mean_range(less_own)} with own rates (adamw-noaccum less AdamW {mean_range(less_noaccum)}); bfloat16 ends within "
-               f"{max(apart):.3f} of fp32", "not testable here")],
+               f"{mean_range(less_own)} with own rates (adamw-noaccum less AdamW {mean_range(less_noaccum)}); "
+               f"bfloat16 ends within {max(apart):.3f} of fp32", "not testable here")],
         draw, numbers={"rates": rates, "less": less, "less_own": less_own})
 
 
