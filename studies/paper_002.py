@@ -79,7 +79,7 @@ def last_quarter(run):
 
 def second_half(judged):
     """How much higher the mean reward of the last two checkpoints is than that of the two in the middle of the run."""
-    found = [row["reward, sampled"] for row in judged.values()]
+    found = [row["reward, sampled"] for step, row in judged.items() if step != "0"]
     middle = len(found) // 2
     return statistics.fmean(found[-2:]) - statistics.fmean(found[middle - 1:middle + 1])
 

@@ -92,7 +92,7 @@ def test_what_the_items_count_by_hand():
     assert paper_000.rises_without_a_fall(found) == (1, 2)
     found = run(range(9), val_loss=[9, 9, 9, 9, 1, 3, 4, 5, 6], train_eval_loss=[9, 9, 9, 9, 4, 2, 1, 1, 1])
     assert paper_002.last_quarter(found) == (5 - 2, 1 - 3)
-    judged = {str(i): {"reward, sampled": x} for i, x in enumerate([9, 9, 9, 1, 3, 9, 7, 9, 5])}
+    judged = {str(i): {"reward, sampled": x} for i, x in enumerate([9, 9, 9, 9, 1, 3, 7, 9, 5])}   # 0: the start
     assert paper_002.second_half(judged) == (9 + 5) / 2 - (1 + 3) / 2
 
 
