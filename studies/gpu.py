@@ -74,6 +74,7 @@ RECIPES = {
     "000-fig7": [LARGE] + [f"{TASK} --micro-batch 32 --accumulate 64 --optimizer {name} --out runs/gpu-{name}" for name in (
         "adamw", "adamw-noaccum", "agma", "agma-linear", "agma-sgd", "agma-decay", "agma-perturb")],
     "001-fig1": by(ALPACA, FOUR, 8, "alpaca-8") + ONE_PASS[16],
+    "001-fig11-12": by(ALPACA, FOUR[:4], 1, "alpaca-1") + by(ALPACA, FOUR, 4, "alpaca-4"),
     "001-table1": by(ALPACA, FOUR, 4, "alpaca-4") + by(ALPACA, FOUR, 8, "alpaca-8"),
     "001-fig3-4": ONE_PASS[8] + ONE_PASS[16],
     "001-fig5": by(HARMLESS, FOUR, 16, "epochs", "--epochs 3"),

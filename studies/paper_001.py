@@ -13,15 +13,15 @@ import optim
 import plots
 from studies import bench, optimizers
 from studies.compare import mean_range, spread
-from studies.lab import HERE
+from studies.lab import HERE, rate
 from studies.paper_000 import K, OPTIMIZERS, only
-from studies.trials import (FAIR, Claim, Comparison, Found, TimeUp, accuracy_speedups, curves, differences, holds, lasts,
+from studies.trials import (FAIR, Claim, Comparison, Found, TimeUp, accuracy_speedups, both, curves, differences, holds, lasts,
                             sft_start, speedups, text_start, three, two_verdicts, verdict)
 
 BETAS = (0.9, 0.95)   # the report's for AdamW
 
 # ----------------------------------------------------------------------------------------------------------------------
-# table 1, and figures 1, 11 and 12: SFT, one pass
+# table 1, and figures 1, 11 and 12: SFT, one pass, and DPO
 
 STEPS = {4: 150, 8: 75}   # of 4 dialogues a micro-batch: 2,400 dialogues, none twice
 SFT = Comparison(
@@ -94,8 +94,8 @@ def at_one_rate(lab, comparison, n, end=""):
 
 
 def pma_speedup(lab, n):
-    """Figures 1, 11 and 12: samples, FLOPs and updates to equal loss, SFT and DPO: at one rate, at own rates, and at own rates in
-    the longer runs of results/optimizers."""
+    """Figure 1: samples, FLOPs and updates to equal loss, SFT and DPO: at one rate, at own rates, and at own rates in the longer
+    runs of results/optimizers."""
     one, own, rates = {}, {}, {}
     for task, comparison, end in (("SFT", SFT, "-8"), ("DPO", DPO, "")):
         one[task], (lr, lion_lr) = at_one_rate(lab, comparison, n, end)
@@ -150,6 +150,57 @@ def pma_speedup(lab, n):
         draw, numbers={"rates": rates, **{what: {" ".join(key): values for key, values in found.items()} for what, found in (
             ("at one rate", at_one), ("updates", updates), ("own rates", at_own), ("adamw-noaccum", no_accumulation),
             ("longer", longer))}})
+
+
+ALWAYS = SFT._replace(name="001-fig11", methods={name: (power, [
+    "--optimizer", name, "--accumulate", 1, "--steps", 600, "--warmup", 40, "--eval-every", 40])
+    for name, power in (("adamw", -4), ("adamw-pma", -4), ("lion", -7), ("lion-pma", -7))})
+
+
+def other_periods(lab, n):
+    """Figures 11 and 12: SFT at K = 1, where any rate does, and at K = 4."""
+    always = ALWAYS.at(lab, {name: rate(power) for name, (power, _) in ALWAYS.methods.items()}, n)
+    one, (lr, lion_lr) = at_one_rate(lab, SFT, n, "-4")
+    tuned, own = SFT._replace(methods={label: found for label, found in SFT.methods.items() if label.endswith("-4")}).own(lab, n)
+    own = {label.removesuffix("-4"): by_seed for label, by_seed in own.items()}
+    at_1, at_4, at_4_own = ({pma: speedups(groups[pma], groups[base], KEY["SFT"]) for base, pma in BASES}
+                            for groups in (always, one, own))
+    no_accumulation = speedups(own[NOACCUM[1]], own[NOACCUM[0]], KEY["SFT"])
+    same = [a[KEY["SFT"]] == b[KEY["SFT"]] for base, pma in BASES for seed in always[base]
+            for a, b in zip(always[base][seed]["events"], always[pma][seed]["events"])]
+
+    def draw(path):
+        figure, axes = plots.canvas(3)
+        for axis, groups, title in ((axes[0], always, "K = 1: PMA lies on its baseline"),
+                                    (axes[1], one, f"K = 4, one rate: {lr:g}, for Lion's {lion_lr:g}"),
+                                    (axes[2], own, "K = 4, each at its own rate")):
+            for name, by_seed in groups.items():
+                curves(axis, {name: by_seed}, "samples", KEY["SFT"], dashed=groups is always and name.endswith("-pma"))
+            axis.set_title(f"{title} (y axis not from 0)", fontsize=9)
+            plots.finish(axis, "dialogues seen", "held-out loss" if groups is always else "")
+        figure.savefig(path, dpi=110)
+
+    def text(found):
+        return ", ".join(f"{pma} {spread(values)}" for pma, values in found.items())
+    claimed = {"adamw-pma": 1.8, "lion-pma": 1.4}   # figure 11
+    return Found(
+        "SFT as in 001-table1; times as fast in samples and FLOPs to equal loss. One rate: for a baseline and its PMA form, 2.25 "
+        f"times below the baseline's own ({lr:g}; Lion {lion_lr:g}); own rates "
+        + ", ".join(f"{label} {value:g}" for label, value in tuned.items()),
+        [Claim("(figure 11) adamw-pma is 1.8 and lion-pma 1.4 times as fast at K = 1",
+               f"{text(at_1)}: with K = 1 PMA is its baseline; {sum(same)} of {len(same)} evaluations have the same loss",
+               both(*(verdict(at_1[pma], times) for pma, times in claimed.items()))),
+         Claim("(the same, if K = 4 is meant, as the text says)",
+               f"at one rate {text(at_4)}; with own rates {text(at_4_own)}",
+               both(*(two_verdicts(at_4[pma], at_4_own[pma], times) for pma, times in claimed.items()))),
+         Claim("(figure 12) adamw-pma is about 12 times as fast as adamw at K = 4",
+               f"at one rate {spread(at_4['adamw-pma'])}, with own rates {spread(at_4_own['adamw-pma'])} (adamw-noaccum beside "
+               f"adamw: {spread(no_accumulation)})", two_verdicts(at_4["adamw-pma"], at_4_own["adamw-pma"], 12)),
+         Claim("(figure 12) lion-pma is about 2 times as fast as lion at K = 4",
+               f"at one rate {spread(at_4['lion-pma'])}, with own rates {spread(at_4_own['lion-pma'])}",
+               two_verdicts(at_4["lion-pma"], at_4_own["lion-pma"]))],
+        draw, numbers={"rates": {"one": lr, "one, Lion": lion_lr, **tuned}, "K = 1": at_1, "K = 4, one rate": at_4,
+                       "K = 4, own rates": at_4_own, "adamw-noaccum": no_accumulation})
 
 
 def study():
@@ -295,47 +346,71 @@ def epochs(lab, n):
         draw, numbers={"rates": rates, "last": ends, "rise": rises})
 
 # ----------------------------------------------------------------------------------------------------------------------
-# figures 6, 15, 16 (K) and 7 (variance), from results/optimizers
+# figures 6, 15, 16 (K) and 7 (variance)
+
+PERIODS = (2, 4, 8, 16, 32)
+FIRST = {"SFT": {2: (-4, -5), 16: (0, -1), 32: (1, -1)},   # powers of 1.5 of the first rates, AdamW's and PMA's
+         "DPO": {2: (-9, -10), 4: (-7, -8), 16: (-5, -6), 32: (-4, -6)}}
+
+
+def by_period(task, k):
+    """AdamW and AdamW-PMA with periods of k micro-batches, of as many examples: (comparison, their labels). At K = 4 and 8 the
+    runs of table 1 and of figure 1."""
+    known = {"SFT": (SFT, f"-{k}"), "DPO": (DPO, "")}[task]
+    if k not in FIRST[task]:
+        comparison, end = known
+        return comparison._replace(methods={name + end: comparison.methods[name + end] for name in BASES[0]}), [
+            name + end for name in BASES[0]]
+    steps, every = (math.ceil(600 / k), max(1, 40 // k)) if task == "SFT" else (52 * K // k, 32 // k)
+    methods = {f"{name}-{k}": (power, ["--optimizer", name, "--accumulate", k, "--steps", steps, "--warmup", every,
+                                       "--eval-every", every]) for name, power in zip(BASES[0], FIRST[task][k])}
+    return known[0]._replace(name=f"001-fig6-{task.lower()}", methods=methods, tuning=["--eval-every", steps]), list(methods)
+
 
 def periods(lab, n):
-    """AdamW-PMA's speedup by K, at the rates of K = 8."""
-    other, found = study(), {}
-    for task, key in (("sft", "val_loss"), ("dpo", "val_dpo_loss")):
-        rates = optimizers.chosen({method: optimizers.grid(other, task, method) for method in optimizers.METHODS})
-        for k in (1, 2, 4, 16, 32):
-            two = [{seed: run for seed, (run, _) in optimizers.seeds(other, f"{task}/k/{name}-{rates[name][1]:g}-k{k}").items()}
-                   for name in ("adamw", "adamw-pma")]
-            found[task, k] = speedups(two[1], two[0], key)
-        half = optimizers.STEPS * optimizers.K // 2
-        groups = [{seed: {"events": [e for e in run["events"] if e["micro_step"] <= half]} for seed, run in
-                   own_groups(task)[name].items() if seed <= 3} for name in ("adamw", "adamw-pma")]
-        found[task, 8] = speedups(groups[1], groups[0], key)
-    ks = (1, 2, 4, 8, 16, 32)
+    """AdamW-PMA's speedup by K: at one rate for every K, and at own rates for every K."""
+    one, own, rates = {}, {}, {}
+    for task in KEY:
+        for k in PERIODS:
+            comparison, (base, more) = by_period(task, k)
+            rates[f"{task}, K = {k}"], found = comparison.own(lab, n)
+            own[task, k] = speedups(found[more], found[base], KEY[task])
+            found, _ = below(lab, comparison, base, more, n)
+            one[task, k] = speedups(found[more], found[base], KEY[task])
+        one[task, 1] = own[task, 1] = [1.0] * n   # one optimizer: 001-fig11-12
+    ks = (1, *PERIODS)
 
     def draw(path):
         figure, axes = plots.canvas(2)
-        for axis, task in zip(axes, ("sft", "dpo")):
-            middle = [statistics.median(found[task, k]) for k in ks]
-            axis.errorbar(ks, middle, [[m - min(found[task, k]) for m, k in zip(middle, ks)],
-                                       [max(found[task, k]) - m for m, k in zip(middle, ks)]], fmt="o-",
-                          color=plots.COLORS["adamw-pma"])
+        for axis, task in zip(axes, KEY):
+            for found, name, color in ((one, "one rate, 2.25 times below AdamW's own", plots.COLORS["adamw-pma"]),
+                                       (own, "own rates", plots.HELD_OUT)):
+                values = [[x for x in found[task, k] if x] or [math.nan] for k in ks]
+                axis.fill_between(ks, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, linewidth=0)
+                axis.plot(ks, list(map(statistics.median, values)), "o-", color=color, label=name)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ks, ks)
             axis.axhline(1, color="#8c8c8c", linewidth=0.8)
-            axis.set_title(f"{task.upper()}: median and range, n = 3", fontsize=9)
-            axis.set_ylim(0.8 * min(map(min, found.values())), 1.05 * max(map(max, found.values())))
-            plots.finish(axis, "K (both at their rates for K = 8)", "speedup over AdamW in samples", legend=False)
+            axis.set_title(f"{task}: median and range, n = {n} (y axis does not start at 0)", fontsize=9)
+            plots.finish(axis, "K", "speedup over AdamW in samples")
         figure.savefig(path, dpi=110)
-    peak = max(ks, key=lambda k: statistics.median(found["dpo", k]))
-    inner = [all(max(found[task, k][i] for k in (2, 4, 8, 16)) > found[task, e][i] for e in (1, 32)) for task in ("sft", "dpo")
-             for i in range(3)]
+
+    def text(found):
+        return "; ".join(f"{task} " + ", ".join(f"K = {k}: {spread(found[task, k])}" for k in PERIODS) for task in KEY)
+
+    def peaked(found):
+        """Is a K in between better than both ends, a task and seed?"""
+        return holds([max(found[task, k][i] or 0 for k in PERIODS[:-1]) > max(found[task, 1][i], found[task, PERIODS[-1]][i] or 0)
+                      for task in KEY for i in range(n)])
     return Found(
-        "minihh, equal samples, both at their rates for K = 8, test; results/optimizers",
+        "AdamW and AdamW-PMA as in 001-fig1, as many examples at every K; one rate: 2.25 times below AdamW's own at that K; own "
+        "rates, AdamW's and PMA's, " + "; ".join(f"{where}: " + ", ".join(f"{lr:g}" for lr in found.values())
+                                                 for where, found in rates.items()),
         [Claim("the speedup is none at K = 1, best at a K in between (16 and 2), and less beyond",
-               "; ".join(f"{task.upper()} " + ", ".join(f"K = {k}: {spread(found[task, k])}" for k in ks)
-                         for task in ("sft", "dpo"))
-               + f". Smallest near K = 8, where the rates were tuned; in DPO the highest median is at K = {peak}. "
-               "At K = 1 the two are one optimizer at two rates", holds(inner))], draw)
+               f"at one rate {text(one)}. With own rates {text(own)}. At K = 1 the two are one optimizer (001-fig11-12)",
+               both(peaked(one), peaked(own)))],
+        draw, numbers={"rates": rates, **{what: {f"{task}, K = {k}": values for (task, k), values in found.items()}
+                                          for what, found in (("one rate", one), ("own rates", own))}})
 
 
 def variances(lab, n):

@@ -13,7 +13,8 @@ import plots
 from studies import paper_000
 from studies.compare import mean_range, spread
 from studies.lab import HERE
-from studies.trials import (FAIR, Claim, Comparison, Found, both, curves, differences, holds, lasts, speedups, text_start, three)
+from studies.trials import (FAIR, Claim, Comparison, Found, both, color, curves, differences, holds, lasts, speedups, text_start,
+                            three)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 1, 2, 8 and 9: one dialogue a step, for long; on all data and on the helpful part
@@ -33,29 +34,39 @@ def long_runs(lab, n, which):
     """The rate, and {label: {seed: (run, {step: its judgement})}} of long runs with kept checkpoints."""
     lr = ONE.tuned(lab, "all data")
 
-    def one(label, seed):
-        comparison = ONE if label == "all data" else HELPFUL
-        command = comparison.command(lab, label, lr, seed)
-        run, folder = lab.made(*command), lab.trained(*command)
-        share = 1 if label == "all data" else 2
-        steps = (1, 2) if lab.quick else range(KEPT // share, STEPS // share + 1, KEPT // share)
-        models = {"0": f"{text_start(lab, seed)}/best.pt", **{str(s): f"{folder}/step-{s}.pt" for s in steps}}
-        _, judge = paper_000.judge_of(lab, seed)
-        return run, lab.judged(f"{comparison.name}/judged/{label.replace(' ', '-')}-s{seed}", models, judge)["models"]
-    jobs = [(label, seed) for seed in range(1, n + 1) for label in which]
-    found = lab.map(one, jobs)
-    return lr, {label: {seed: two for (name, seed), two in zip(jobs, found) if name == label} for label in which}
+    jobs = [(lab, *((ONE, label, lr, seed, STEPS) if label == "all data" else (HELPFUL, label, lr, seed, STEPS // 2)))
+            for seed in range(1, n + 1) for label in which]
+    return lr, by_label(jobs, lab.map(followed, jobs))
+
+
+def followed(lab, comparison, label, lr, seed, steps, kept=8):
+    """A run whose checkpoints, so many of them, were kept, and {step: its judgement}."""
+    command = comparison.command(lab, label, lr, seed)
+    run, folder = lab.made(*command), lab.trained(*command)
+    every = 1 if lab.quick else steps // kept
+    models = {"0": f"{text_start(lab, seed)}/best.pt",
+              **{str(s): f"{folder}/step-{s}.pt" for s in range(every, (2 if lab.quick else steps) + 1, every)}}
+    _, judge = paper_000.judge_of(lab, seed)
+    return run, lab.judged(f"{comparison.name}/judged/{label.replace(' ', '-')}-s{seed}", models, judge)["models"]
+
+
+def by_label(jobs, found):
+    """{label: {seed: what followed() found}}"""
+    groups = {}
+    for (_, _, label, _, seed, *_), two in zip(jobs, found):
+        groups.setdefault(label, {})[seed] = two
+    return groups
 
 
 def draw_long(groups, path):
     figure, axes = plots.canvas(3)
     for label, style in zip(groups, ("-", "--")):
-        for key, color, what in (("train_eval_loss", plots.CHOSEN, "training, 200"),
+        for key, drawn, what in (("train_eval_loss", plots.CHOSEN, "training, 200"),
                                  ("val_loss", plots.HELD_OUT, "held out")):
             runs = [run for run, _ in groups[label].values()]
             points = [[(e["step"], e[key]) for e in run["events"] if key in e] for run in runs]
             steps = [step for step, _ in points[0]]
-            axes[0].plot(steps, [statistics.fmean(p[i][1] for p in points) for i in range(len(steps))], style, color=color,
+            axes[0].plot(steps, [statistics.fmean(p[i][1] for p in points) for i in range(len(steps))], style, color=drawn,
                          label=f"{label}: {what}")
         for axis, key, title in ((axes[1], "reward, sampled", "mean reward, sampled answers"),
                                  (axes[2], "right, sampled", "share of right answers, sampled")):
@@ -248,27 +259,67 @@ def accumulation(lab, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # figures 5 to 7 and table 2: LoRA; section 3.3: DPO that did not fit
 
+LORA = Comparison("002-fig5", "train_sft.py", [*LONG, "--steps", STEPS // 2, "--eval-every", 400, "--keep-every", KEPT], {
+    "full": (-6, []), **{f"rank {r}": (-1, ["--lora-rank", r]) for r in (1, 2, 8, 16)}}, text_start,
+                  tuning=["--steps", STEPS // 4, "--eval-every", STEPS // 4])
+
+
 def lora(lab, n):
-    """From results/ranks."""
+    """LoRA's ranks against full tuning: losses and scores over steps; and losses, right answers and memory of results/ranks."""
+    rates = LORA.rates(lab)
+    jobs = [(lab, LORA, label, lr, seed, STEPS // 2, 4) for seed in range(1, n + 1) for label, lr in rates.items()]
+    groups = by_label(jobs, lab.map(followed, jobs))
+    names = [label for label in rates if label != "full"]
+    loss = {name: differences(*({seed: run for seed, (run, _) in groups[label].items()} for label in (name, "full")), "val_loss")
+            for name in names}
+    score = {what: {name: [list(judged.values())[-1][what] - list(groups["full"][seed][1].values())[-1][what]
+                           for seed, (_, judged) in groups[name].items()] for name in names}
+             for what in ("reward, sampled", "right, sampled")}
+
     tests, (_, peaks) = paper_000.rank_tests(), paper_000.rank_costs()
-    names = ("r1-none", "r2-none", "r8-none", "r16-none")
-    less = {name: [tests[name][s]["loss"] - tests["full"][s]["loss"] for s in tests[name]] for name in names}
-    right = {name: [tests[name][s]["right"] - tests["full"][s]["right"] for s in tests[name]] for name in names}
+    seeds = [s for s in tests["full"] if s <= n]
+    longer = {key: {name: [tests[name.replace("rank ", "r") + "-none"][s][key] - tests["full"][s][key] for s in seeds]
+                    for name in names} for key in ("loss", "right")}
     saved = {r: peaks["full"] - peaks[f"rank {r}, bias none"] for r in (1, 2, 8, 16)}
+
+    def text(found):
+        return ", ".join(f"{name} {mean_range(values)}" for name, values in found.items())
+
+    def draw(path):
+        figure, axes = plots.canvas(3)
+        for axis, key, title in ((axes[0], "train_eval_loss", "loss of 200 training dialogues"),
+                                 (axes[1], "val_loss", "held-out loss")):
+            curves(axis, {label: {seed: run for seed, (run, _) in found.items()} for label, found in groups.items()}, "step", key)
+            axis.set_title(f"{title} (y axis does not start at 0)", fontsize=9)
+            plots.finish(axis, "steps of one dialogue", "nats a token of all tokens" if axis is axes[0] else "")
+        for label, found in groups.items():
+            steps = [int(step) for step in found[1][1]]
+            rewards = [[row["reward, sampled"] for row in judged.values()] for _, judged in found.values()]
+            drawn = color(label, groups)
+            axes[2].plot(steps, [statistics.fmean(x) for x in zip(*rewards)], marker=".", color=drawn, label=label)
+            axes[2].fill_between(steps, *([f(x) for x in zip(*rewards)] for f in (min, max)), color=drawn, alpha=0.12,
+                                 linewidth=0)
+        axes[2].set_title(f"mean reward of sampled answers, mean and range of {n} seeds", fontsize=9)
+        plots.finish(axes[2], "steps of one dialogue", "", loc="lower right")
+        figure.savefig(path, dpi=110)
+    higher = [x > 0 for found in (loss, longer["loss"]) for values in found.values() for x in values]
     return Found(
-        "an SFT model goes on with the other half of minihh, own rates; results/ranks. "
-        "Memory: gpt2-medium, fp32, one dialogue of 1,024 tokens",
+        f"SFT on all tokens, one dialogue a step, {STEPS // 2:,} steps, from a model trained on plain text, alpha = 2r, AdamW, "
+        f"constant, own rates ({', '.join(f'{label} {lr:g}' for label, lr in rates.items())}); reward model as in 000-table1. "
+        "Longer: an SFT model goes on with the other half of minihh, steps of 16 dialogues, own rates (results/ranks). Memory: "
+        "gpt2-medium, fp32, one dialogue of 1,024 tokens",
         [Claim("LoRA saves 3.6 to 3.75 GB of 11.77; the smaller the rank, the lower the memory",
                ", ".join(f"rank {r} saves {x:.2f} GB" for r, x in saved.items()) + f" of {peaks['full']:.2f}",
                holds([abs(saved[16] - 3.62) < 1, saved[1] >= saved[16]])),
-         Claim("LoRA is underfitted: full tuning converges faster and further", "test loss above full's: " + ", ".join(
-             f"{name} {mean_range(values)}" for name, values in less.items()), holds([x > 0 for v in less.values() for x in v])),
+         Claim("LoRA is underfitted: full tuning converges faster and further",
+               f"held-out loss less full's: {text(loss)}; longer: {text(longer['loss'])}", holds(higher)),
          Claim("LoRA's answers score better than full tuning's, though its loss is higher",
-               "right answers (no reward model was asked) less full's: " + ", ".join(
-             f"{name} {mean_range(values)}" for name, values in right.items()),
-             holds([x > 0 for v in right.values() for x in v]),
-             f"right answers, rank 16 less full: {mean_range(right['r16-none'])}")],
-        pictures=("results/ranks/sft.png", "results/ranks/answers.png", "results/ranks/cost.png"))
+               f"reward of sampled answers less full's: {text(score['reward, sampled'])}; share of right ones: "
+               f"{text(score['right, sampled'])}; longer, of right greedy ones: {text(longer['right'])}",
+               holds([x > 0 for values in score["reward, sampled"].values() for x in values]),
+               f"reward of sampled answers, rank 16 less full: {mean_range(score['reward, sampled']['rank 16'])}")],
+        draw, ("results/ranks/sft.png", "results/ranks/answers.png", "results/ranks/cost.png"),
+        {"rates": rates, "loss": loss, **score})
 
 
 def dpo_fits(lab, n):
