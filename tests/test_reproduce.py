@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import runs
+import train_dpo
+import train_sft
 from studies import gpu, paper_000, paper_001, paper_002, reproduce, trials
 from studies.compare import mean_range
 
@@ -63,6 +65,7 @@ def test_accuracy_speedups_and_at_equal_by_hand():
     ([None, None], 2, 1, "not reproduced"),
     ([None, 1.5, 1.6], 2, 1, "partly"),             # a seed that never gets there is on the other side
     ([None, None, 1.6], 2, 1, "not reproduced"),
+    ([None, 4.0], 2, 1, "not reproduced"),          # the median of one that never gets there and another is no median
     ([5.0, 6.0], 2, 1, "reproduced")])              # 2.4 times the way and more
 def test_verdicts_by_hand(values, claimed, none, expected):
     assert trials.verdict(values, claimed, none) == expected
@@ -144,6 +147,25 @@ def test_every_method_gets_the_rate_that_is_best_on_valid_and_is_read_on_test():
     tried = [sorted(float(value["--lr"]) for name, value in lab.asked if f"/valid/{slug}-" in name) for slug in ("a", "b-two")]
     assert len(tried[0]) == len(tried[1]) == 5   # the same budget, and no coarser than 1.5 around the best
     assert all(b / a == pytest.approx(1.5, rel=0.01) for rates in tried for a, b in zip(rates, rates[1:]))
+
+
+@pytest.mark.parametrize("task, script, micro_batches", [("SFT", train_sft, 600), ("DPO", train_dpo, 416)])
+def test_every_period_reads_as_many_examples(task, script, micro_batches):
+    for k in paper_001.PERIODS:
+        comparison, labels = paper_001.by_period(task, k)
+        assert list(comparison.methods) == labels
+        for label, optimizer in zip(labels, ("adamw", "adamw-pma")):
+            _, _, *flags = comparison._replace(start=None).command(FakeLab({}), label, 1e-3, 1)
+            cfg = runs.parse(script.Config, list(map(str, flags)))
+            assert (cfg.optimizer, cfg.accumulate, cfg.micro_batch) == (optimizer, k, 4)
+            assert 0 <= cfg.steps * k - micro_batches < k and cfg.steps // cfg.eval_every >= 13
+            assert 32 <= cfg.warmup * k <= 40
+
+
+def test_what_followed_found_is_kept_by_label_and_seed():
+    jobs = [(None, None, label, 1e-3, seed, 8) for seed in (1, 2) for label in "ab"]
+    assert paper_002.by_label(jobs, [1, 2, 3, 4]) == {"a": {1: 1, 2: 3}, "b": {1: 2, 2: 4}}
+
 
 def test_a_start_is_made_when_something_that_is_not_there_asks_for_it(tmp_path, monkeypatch):
     """Once, before what begins with it, and its own start before it. What is there already asks for nothing."""
