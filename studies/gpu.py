@@ -79,7 +79,8 @@ RECIPES = {
     "001-fig3-4": ONE_PASS[8] + ONE_PASS[16],
     "001-fig5": by(HARMLESS, FOUR, 16, "epochs", "--epochs 3"),
     "001-fig6": [one for k in (1, 2, 4, 8, 16, 32, 64) for one in (
-        ONE_PASS[k][:2] if k in ONE_PASS else by(HARMLESS, ("adamw", "adamw-pma"), k, f"harmless-{k}", "--epochs 1"))],
+        [*ONE_PASS[k][:2], ONE_PASS[k][4]] if k in ONE_PASS else
+        by(HARMLESS, ("adamw", "adamw-pma", "adamw-noaccum"), k, f"harmless-{k}", "--epochs 1"))],
     "001-fig7": by(MEDIUM, ("adamw", "adamw-pma", "adamw-noaccum"), 16, "variance", "--variance-every 20"),
     "001-fig8": by(ALPACA.replace("gpt2-large", "gpt2-xl"), ("adamw", "adamw-pma"), 8, "xl", "--dtype bfloat16"),
     "001-fig9": by("train_sft.py --init random:gpt2 --data wiki.txt --loss-on all --micro-batch 8 --steps 5000 --lr 6e-4 "

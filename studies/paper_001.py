@@ -349,42 +349,45 @@ def epochs(lab, n):
 # figures 6, 15, 16 (K) and 7 (variance)
 
 PERIODS = (2, 4, 8, 16, 32)
-FIRST = {"SFT": {2: (-4, -5), 16: (0, -1), 32: (1, -1)},   # powers of 1.5 of the first rates, AdamW's and PMA's
-         "DPO": {2: (-9, -10), 4: (-7, -8), 16: (-5, -6), 32: (-4, -6)}}
+THREE = (*BASES[0], NOACCUM[1])
+FIRST = {"SFT": {2: (-4, -5, -4), 16: (0, -1, -4), 32: (1, -1, -4)},   # powers of 1.5 of the first rates, in this order
+         "DPO": {2: (-9, -10, -8), 4: (-7, -8, -8), 16: (-5, -6, -8), 32: (-4, -6, -8)}}
 
 
 def by_period(task, k):
-    """AdamW and AdamW-PMA with periods of k micro-batches, of as many examples: (comparison, their labels). At K = 4 and 8 the
-    runs of table 1 and of figure 1."""
+    """AdamW, AdamW-PMA and AdamW without accumulation with periods of k micro-batches, of as many examples: (comparison, their
+    labels). At K = 4 and 8 the runs of table 1 and of figure 1."""
     known = {"SFT": (SFT, f"-{k}"), "DPO": (DPO, "")}[task]
     if k not in FIRST[task]:
         comparison, end = known
-        return comparison._replace(methods={name + end: comparison.methods[name + end] for name in BASES[0]}), [
-            name + end for name in BASES[0]]
+        return comparison._replace(methods={name + end: comparison.methods[name + end] for name in THREE}), [
+            name + end for name in THREE]
     steps, every = (math.ceil(600 / k), max(1, 40 // k)) if task == "SFT" else (52 * K // k, 32 // k)
     methods = {f"{name}-{k}": (power, ["--optimizer", name, "--accumulate", k, "--steps", steps, "--warmup", every,
-                                       "--eval-every", every]) for name, power in zip(BASES[0], FIRST[task][k])}
+                                       "--eval-every", every]) for name, power in zip(THREE, FIRST[task][k])}
     return known[0]._replace(name=f"001-fig6-{task.lower()}", methods=methods, tuning=["--eval-every", steps]), list(methods)
 
 
 def periods(lab, n):
     """AdamW-PMA's speedup by K: at one rate for every K, and at own rates for every K."""
-    one, own, rates = {}, {}, {}
+    one, own, no_accumulation, rates = {}, {}, {}, {}
     for task in KEY:
         for k in PERIODS:
-            comparison, (base, more) = by_period(task, k)
+            comparison, (base, more, every) = by_period(task, k)
             rates[f"{task}, K = {k}"], found = comparison.own(lab, n)
             own[task, k] = speedups(found[more], found[base], KEY[task])
+            no_accumulation[task, k] = speedups(found[every], found[base], KEY[task])
             found, _ = below(lab, comparison, base, more, n)
             one[task, k] = speedups(found[more], found[base], KEY[task])
-        one[task, 1] = own[task, 1] = [1.0] * n   # one optimizer: 001-fig11-12
+        one[task, 1] = own[task, 1] = no_accumulation[task, 1] = [1.0] * n   # one optimizer: 001-fig11-12
     ks = (1, *PERIODS)
 
     def draw(path):
         figure, axes = plots.canvas(2)
         for axis, task in zip(axes, KEY):
-            for found, name, color in ((one, "one rate, 2.25 times below AdamW's own", plots.COLORS["adamw-pma"]),
-                                       (own, "own rates", plots.HELD_OUT)):
+            for found, name, color in ((one, "AdamW-PMA, one rate: 2.25 times below AdamW's own", plots.COLORS["adamw-pma"]),
+                                       (own, "AdamW-PMA, own rates", plots.HELD_OUT),
+                                       (no_accumulation, "no accumulation, own rates", plots.COLORS["adamw-noaccum"])):
                 values = [[x for x in found[task, k] if x] or [math.nan] for k in ks]
                 axis.fill_between(ks, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, linewidth=0)
                 axis.plot(ks, list(map(statistics.median, values)), "o-", color=color, label=name)
@@ -404,13 +407,15 @@ def periods(lab, n):
                       for task in KEY for i in range(n)])
     return Found(
         "AdamW and AdamW-PMA as in 001-fig1, as many examples at every K; one rate: 2.25 times below AdamW's own at that K; own "
-        "rates, AdamW's and PMA's, " + "; ".join(f"{where}: " + ", ".join(f"{lr:g}" for lr in found.values())
+        "rates of AdamW, AdamW-PMA and adamw-noaccum, " + "; ".join(f"{where}: " + ", ".join(f"{lr:g}" for lr in found.values())
                                                  for where, found in rates.items()),
         [Claim("the speedup is none at K = 1, best at a K in between (16 and 2), and less beyond",
-               f"at one rate {text(one)}. With own rates {text(own)}. At K = 1 the two are one optimizer (001-fig11-12)",
+               f"at one rate {text(one)}. With own rates {text(own)}. At K = 1 the two are one optimizer (001-fig11-12). "
+               f"(adamw-noaccum, own rates: {text(no_accumulation)})",
                both(peaked(one), peaked(own)))],
         draw, numbers={"rates": rates, **{what: {f"{task}, K = {k}": values for (task, k), values in found.items()}
-                                          for what, found in (("one rate", one), ("own rates", own))}})
+                                          for what, found in (("one rate", one), ("own rates", own),
+                                                              ("adamw-noaccum", no_accumulation))}})
 
 
 def variances(lab, n):

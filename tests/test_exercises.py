@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +203,16 @@ def test_grades_by_hand(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.splitlines() == lines
     (tmp_path / "mine.py").write_text("import nothing_like_this\ndef f(x):\n    return 2 * x\n\ndef g(x):\n    return x\n")
     assert blank.main(["a.py", "f", "--grade", str(tmp_path / "mine.py")]) is False
+    assert capsys.readouterr().out.splitlines()[0] == "0 of 2 tests that ask for it pass"
+
+
+def test_a_file_that_takes_for_ever_fails_all(tmp_path, monkeypatch):
+    def run(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("pytest", timeout)
+    monkeypatch.setattr(blank.subprocess, "run", run)
+    assert 300 <= blank.TIMEOUT and blank.failed(tmp_path, "tests/test_a.py") == {"tests/test_a.py"}
+    monkeypatch.setattr(blank.subprocess, "run", lambda *_, timeout, **__: SimpleNamespace(returncode=0, stdout=str(timeout)))
+    assert blank.failed(tmp_path, "tests/test_a.py") == set()
 
 
 def test_where_a_copy_goes(tmp_path, monkeypatch, capsys):
@@ -215,6 +226,7 @@ def test_where_a_copy_goes(tmp_path, monkeypatch, capsys):
     for arguments in (["5"], ["lora.py", "LoRALinear.forward", "merge"]):
         blank.main(arguments)
     assert went == [tmp_path / "nano-exercise-5", tmp_path / "nano-LoRALinear.forward"]
+    assert blank.chosen(["9", "3", "1", "3"])[1] == "exercise-1-3-9"
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
     for full in (tmp_path, tmp_path / "file"):
@@ -328,6 +340,11 @@ def rolled_labels(prompts, chosen, rejected):
     return ids, labels.roll(-1, 1)
 
 
+def other_ids(prompts, chosen, rejected):
+    ids, labels = solutions.pair_labels(prompts, chosen, rejected)
+    return ids.roll(-1, 1), labels
+
+
 class NeverFolds(solutions.Adapter):
     pass
 
@@ -352,8 +369,9 @@ class ForgetsV(solutions.AdamWPMA):
 
 
 @pytest.mark.parametrize("name, wrong", [
-    ("pair_labels", rolled_labels), ("frozen_reference", lambda model: model.eval()), ("FoldingAdapter", NeverFolds),
-    ("Lion", OneBeta), ("AdamWPMA", ForgetsV), ("dpo_loss", lambda *args: solutions.dpo_loss(*args[:4], 1.0))])
+    ("pair_labels", rolled_labels), ("pair_labels", other_ids), ("frozen_reference", lambda model: model.eval()),
+    ("FoldingAdapter", NeverFolds), ("Lion", OneBeta), ("AdamWPMA", ForgetsV),
+    ("dpo_loss", lambda *args: solutions.dpo_loss(*args[:4], 1.0))])
 def test_what_only_takes_the_symptom_away_is_not_mended(name, wrong):
     assert bugs.judged(name, wrong)[-1] != "right"
 

@@ -356,8 +356,8 @@ def test_the_head_is_the_embedding(ours):
     assert not wte_grad(True, False)[unseen].any() and whole[unseen].abs().amax(1).gt(0).all()
 
 
-def test_random_initialisation_knows_nothing():
-    """Cross-entropy of random targets is near log V: no token is preferred, and the logits are small."""
+def test_random_initialisation_knows_nothing(monkeypatch):
+    """Cross-entropy of random targets is near log V: no token is preferred, and the logits are small. Of any size."""
     torch.manual_seed(0)
     model = load("mini").eval()
     idx, target = torch.randint(model.config.vocab_size, (2, 4, 64))
@@ -370,6 +370,8 @@ def test_random_initialisation_knows_nothing():
     torch.manual_seed(1)
     other = load("mini")
     assert torch.equal(again.wte.weight, model.wte.weight) and not torch.equal(other.wte.weight, model.wte.weight)
+    monkeypatch.setitem(gpt.SIZES, "small", gpt.replace(gpt.SIZES["mini"], n_layer=1))
+    assert load("random:small").config == gpt.config_of("random:small") == gpt.SIZES["small"]
 
 
 def test_dropout_is_where_gpt2_has_it(hf_folder, ours):

@@ -11,10 +11,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import minihh
+import plots
 import runs
 import train_dpo
 import train_sft
@@ -109,8 +112,35 @@ def test_a_verdict_does_not_improve_as_the_figures_get_worse():
 def test_holds_by_hand():
     found = [trials.holds(x) for x in ([1, 1], [1, 1, 0], [1, 0], [0])]
     assert found == ["reproduced", "partly", "not reproduced", "not reproduced"]
-    assert trials.holds([True] * 9 + [False], 0.9) == "reproduced"
+    assert trials.holds([True] * 9 + [False], 0.9) == "reproduced" and trials.holds([True] * 19 + [False]) == "partly"
     assert mean_range([0.1, -0.1, 0.3]) == "+0.100 [-0.100, +0.300]"
+
+
+def test_curves_by_hand():
+    """Mean and range over the seeds that did not diverge; the label counts those that did."""
+    _, (axis,) = plots.canvas()
+    lost = run([0, 8], val_loss=[9.0, 9.0]) | {"diverged": "at step 3"}
+    trials.curves(axis, {"adamw": {1: run([0, 8], val_loss=[3.0, 1.0]), 2: run([0, 8], val_loss=[5.0, 2.0]), 3: lost}},
+                  "samples", "val_loss")
+    line, = axis.lines
+    assert line.get_label() == "adamw (n = 2, 1 diverged)" and line.get_xydata().tolist() == [[0, 4.0], [8, 1.5]]
+    seen = {tuple(place) for place in axis.collections[0].get_paths()[0].vertices.tolist()}
+    assert seen == {(0, 3.0), (8, 1.0), (0, 5.0), (8, 2.0)}
+
+
+def test_the_files_of_the_runs(tmp_path, monkeypatch):
+    """Pairs, and every dialogue with either response as plain text; no refusal among the helpful ones."""
+    monkeypatch.setattr(trials, "HERE", tmp_path)
+    trials.write_data(few=40)
+    folder = tmp_path / trials.RUNS / "quick"
+    rows = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    assert sorted(rows) == ["few", "helpful", "helpful-test", "helpful-valid", "test", "train", "valid"]
+    refusals = {e.prompt + e.chosen for split in ("train", "valid", "test") for e in minihh.examples(split)
+                if e.skill == "refusal"}
+    for name, found in rows.items():
+        asked = sum(row["chosen"] in refusals for row in found)
+        assert len(found) == 40 and (asked == 0 if "helpful" in name else asked > 0)
+        assert (folder / f"{name}.txt").read_text() == "".join(row["chosen"] + row["rejected"] for row in found) + "\n"
 
 # ---- a comparison: rates from valid, figures from test
 
@@ -154,7 +184,7 @@ def test_every_period_reads_as_many_examples(task, script, micro_batches):
     for k in paper_001.PERIODS:
         comparison, labels = paper_001.by_period(task, k)
         assert list(comparison.methods) == labels
-        for label, optimizer in zip(labels, ("adamw", "adamw-pma")):
+        for label, optimizer in zip(labels, ("adamw", "adamw-pma", "adamw-noaccum"), strict=True):
             _, _, *flags = comparison._replace(start=None).command(FakeLab({}), label, 1e-3, 1)
             cfg = runs.parse(script.Config, list(map(str, flags)))
             assert (cfg.optimizer, cfg.accumulate, cfg.micro_batch) == (optimizer, k, 4)
@@ -274,6 +304,14 @@ def test_committed_results_follow_from_the_committed_runs(name, tmp_path):
     assert all(claim.verdict in trials.VERDICTS for claim in found.claims)
     assert all((HERE / path).is_file() for path in kept["pictures"])
     assert kept["seeds"] == reproduce.ITEMS[name].seeds
+
+
+def test_an_item_says_how_it_is_called(tmp_path):
+    for name, command in (("real", "python -m studies.reproduce real --hh FOLDER"),
+                          ("002-lr", "python -m studies.reproduce 002-lr")):
+        reproduce.save(SimpleNamespace(file=tmp_path / "runs.jsonl"), name, 2, trials.Found("here", [], pictures=("a.png",)))
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (found["command"], found["seeds"], found["pictures"]) == (command, 2, ["a.png"])
 
 
 def test_results_md_and_readme_show_what_is_committed():

@@ -197,15 +197,16 @@ def test_counters_by_hand(tmp_path, no_pictures):
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(math.log(2048), abs=0.5)
 
 
-@pytest.mark.parametrize("bias, extra", [("none", 0), ("lora_only", 2 * 9 * 128), ("all", 2 * 11 * 128 + 128)])
-def test_what_trains_by_hand(tmp_path, no_pictures, capsys, bias, extra):
+@pytest.mark.parametrize("init, bias, extra", [("mini", "none", 0), ("random:mini", "lora_only", 2 * 9 * 128),
+                                               ("mini", "all", 2 * 11 * 128 + 128)])
+def test_what_trains_by_hand(tmp_path, no_pictures, capsys, init, bias, extra):
     """mini has C = 128 and two blocks; the adapters of rank r beside its four matrices have 16 C r numbers a block, the linear
     layers 9 C biases, the LayerNorms 2 C a block and C at the end. AdamW keeps two fp32 numbers for each. No other moves."""
-    train_sft.main(replace(TINY, steps=2, eval_every=2, out=str(tmp_path / "run"), lora_rank=3, lora_bias=bias))
+    train_sft.main(replace(TINY, steps=2, eval_every=2, out=str(tmp_path / "run"), init=init, lora_rank=3, lora_bias=bias))
     trains = 3 * 2 * 16 * 128 + extra
     assert (f"trains {trains:,} of 736,768 parameters ({trains / 736_768:.3%}), optimizer state {8e-6 * trains:.2f} MB"
             in (printed := capsys.readouterr().out))
-    assert "note: --init mini is random, and adapters beside random weights learn little" in printed
+    assert f"note: --init {init} is random, and adapters beside random weights learn little" in printed
     gpt.torch.manual_seed(TINY.seed)
     base, tuned = gpt.load("mini").state_dict(), gpt.load(str(tmp_path / "run")).state_dict()
     moved = {key for key in base if not torch.equal(base[key], tuned[key])}
