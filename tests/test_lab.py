@@ -135,7 +135,7 @@ def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monke
     new_lab(folder).weights("start", "train_sft.py")
     assert made == ["start"]
     written = new_lab(folder).file.read_text()
-    for loss[0], note in ((2.0, ""), (2.09, "losses up to 4.5% from those kept")):
+    for loss[0], note in ((2.0, ""), (2.19, "losses up to 9.5% from those kept")):
         (folder / "start/best.pt").unlink()
         capsys.readouterr()
         assert new_lab(folder).weights("start", "train_sft.py")["events"][1] == {"step": 9, key: 2.0, "seconds": 1}
@@ -143,7 +143,7 @@ def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monke
         assert made.pop() == "start" and (note in said if note else "losses" not in said)
         assert new_lab(folder).file.read_text() == written
     (folder / "start/best.pt").unlink()
-    loss[0] = 1.89
+    loss[0] = 1.79
     with pytest.raises(InputError, match="start is not what it was when .* was begun"):
         new_lab(folder).weights("start", "train_sft.py")
 
