@@ -163,7 +163,7 @@ class Lab:
                 raise InputError(f"{name} is not what it was when {self.file} was begun: give another --results")
             if apart:
                 print(f"{name}: losses up to {apart:.1%} from those kept; another CPU or torch rounds otherwise", flush=True)
-        return run and self.found[name]
+        return run and (before or run)
 
     def judge(self, name, models, judge):
         """The folder in which eval_reward.py leaves what this judge says of these models, on one thread. Not broken off."""
