@@ -454,6 +454,7 @@ def main(arguments):
     parser.add_argument("--out", default="runs/bugs", help="folder of the picture")
     parser.add_argument("--own", metavar="FILE", help="judge the mended snippets in this file; status 1: not all are right")
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)   # so small are the tensors that several would wait for each other
     if args.own:
         if not Path(args.own).is_file():
             refuse(f"--own: no file {args.own}")
