@@ -289,13 +289,9 @@ OPTIMIZERS = Comparison(
     sft_start, "val_dpo_loss", tuning=["--eval-every", 26])
 
 
-def only(*names):
-    return OPTIMIZERS._replace(methods={name: OPTIMIZERS.methods[name] for name in names})
-
-
 def agma(lab, n):
     """AGMA and its two ablations against AdamW; the linear decay; the perturbation."""
-    which = only("adamw", "adamw-noaccum", "agma", "agma-linear", "agma-sgd", "agma-decay", "agma-perturb")
+    which = OPTIMIZERS.only("adamw", "adamw-noaccum", "agma", "agma-linear", "agma-sgd", "agma-decay", "agma-perturb")
     rates, own = which.own(lab, n)
     shared = which.at(lab, dict.fromkeys(which.methods, rates["adamw"]), n)
     key = which.loss

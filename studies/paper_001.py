@@ -14,7 +14,7 @@ import plots
 from studies import bench, optimizers
 from studies.compare import mean_range, spread
 from studies.lab import HERE, rate
-from studies.paper_000 import K, OPTIMIZERS, only
+from studies.paper_000 import K, OPTIMIZERS
 from studies.trials import (FAIR, Claim, Comparison, Found, TimeUp, accuracy_speedups, both, curves, differences, holds, lasts,
                             sft_start, speedups, text_start, three, two_verdicts, verdict)
 
@@ -99,8 +99,7 @@ def pma_speedup(lab, n):
     one, own, rates = {}, {}, {}
     for task, comparison, end in (("SFT", SFT, "-8"), ("DPO", DPO, "")):
         one[task], (lr, lion_lr) = at_one_rate(lab, comparison, n, end)
-        which = comparison._replace(methods={f"{name}{end}": comparison.methods[f"{name}{end}"] for pair in (*BASES, NOACCUM)
-                                             for name in pair})
+        which = comparison.only(*dict.fromkeys(name + end for pair in (*BASES, NOACCUM) for name in pair))
         tuned, found = which.own(lab, n)
         own[task] = {name.removesuffix(end): by_seed for name, by_seed in found.items()}
         rates[task] = {"one": lr, "one, Lion": lion_lr, **{name.removesuffix(end): value for name, value in tuned.items()}}
@@ -161,7 +160,7 @@ def other_periods(lab, n):
     """Figures 11 and 12: SFT at K = 1, where any rate does, and at K = 4."""
     always = ALWAYS.at(lab, {name: rate(power) for name, (power, _) in ALWAYS.methods.items()}, n)
     one, (lr, lion_lr) = at_one_rate(lab, SFT, n, "-4")
-    tuned, own = SFT._replace(methods={label: found for label, found in SFT.methods.items() if label.endswith("-4")}).own(lab, n)
+    tuned, own = SFT.only(*(label for label in SFT.methods if label.endswith("-4"))).own(lab, n)
     own = {label.removesuffix("-4"): by_seed for label, by_seed in own.items()}
     at_1, at_4, at_4_own = ({pma: speedups(groups[pma], groups[base], KEY["SFT"]) for base, pma in BASES}
                             for groups in (always, one, own))
@@ -174,8 +173,9 @@ def other_periods(lab, n):
         for axis, groups, title in ((axes[0], always, "K = 1: PMA lies on its baseline"),
                                     (axes[1], one, f"K = 4, one rate: {lr:g}, for Lion's {lion_lr:g}"),
                                     (axes[2], own, "K = 4, each at its own rate")):
-            for name, by_seed in groups.items():
-                curves(axis, {name: by_seed}, "samples", KEY["SFT"], dashed=groups is always and name.endswith("-pma"))
+            curves(axis, groups, "samples", KEY["SFT"])
+            for line in axis.lines[1::2] if groups is always else ():   # PMA's, which would hide their baselines
+                line.set_linestyle("--")
             axis.set_title(f"{title} (y axis not from 0)", fontsize=9)
             plots.finish(axis, "dialogues seen", "held-out loss" if groups is always else "")
         figure.savefig(path, dpi=110)
@@ -310,7 +310,7 @@ EPOCHS = Comparison(
 
 def epochs(lab, n):
     """Four passes over few pairs, at AdamW's rate for one pass, and PMA's."""
-    rates = only("adamw", "adamw-pma", "adamw-noaccum").rates(lab)
+    rates = OPTIMIZERS.only("adamw", "adamw-pma", "adamw-noaccum").rates(lab)
     own = EPOCHS.at(lab, rates, n)
     shared = EPOCHS.at(lab, {"adamw-pma": rates["adamw"]}, n)["adamw-pma"]
 
@@ -355,17 +355,15 @@ FIRST = {"SFT": {2: (-4, -5, -4), 16: (0, -1, -4), 32: (1, -1, -4)},   # powers 
 
 
 def by_period(task, k):
-    """AdamW, AdamW-PMA and AdamW without accumulation with periods of k micro-batches, of as many examples: (comparison, their
-    labels). At K = 4 and 8 the runs of table 1 and of figure 1."""
-    known = {"SFT": (SFT, f"-{k}"), "DPO": (DPO, "")}[task]
+    """AdamW, AdamW-PMA and AdamW without accumulation (in this order) with periods of k micro-batches, of as many examples: at
+    K = 4 and 8 the runs of table 1 and of figure 1."""
+    base, end = {"SFT": (SFT, f"-{k}"), "DPO": (DPO, "")}[task]
     if k not in FIRST[task]:
-        comparison, end = known
-        return comparison._replace(methods={name + end: comparison.methods[name + end] for name in THREE}), [
-            name + end for name in THREE]
+        return base.only(*(name + end for name in THREE))
     steps, every = (math.ceil(600 / k), max(1, 40 // k)) if task == "SFT" else (52 * K // k, 32 // k)
     methods = {f"{name}-{k}": (power, ["--optimizer", name, "--accumulate", k, "--steps", steps, "--warmup", every,
                                        "--eval-every", every]) for name, power in zip(THREE, FIRST[task][k])}
-    return known[0]._replace(name=f"001-fig6-{task.lower()}", methods=methods, tuning=["--eval-every", steps]), list(methods)
+    return base._replace(name=f"001-fig6-{task.lower()}", methods=methods, tuning=["--eval-every", steps])
 
 
 def periods(lab, n):
@@ -373,7 +371,8 @@ def periods(lab, n):
     one, own, no_accumulation, rates = {}, {}, {}, {}
     for task in KEY:
         for k in PERIODS:
-            comparison, (base, more, every) = by_period(task, k)
+            comparison = by_period(task, k)
+            base, more, every = comparison.methods
             rates[f"{task}, K = {k}"], found = comparison.own(lab, n)
             own[task, k] = speedups(found[more], found[base], KEY[task])
             no_accumulation[task, k] = speedups(found[every], found[base], KEY[task])
@@ -572,7 +571,7 @@ EVERY = DPO._replace(name="001-fig10", methods={"adamw, K = 1": (-11, [
 
 def schedule_ablation(lab, n):
     """AdamW at every micro-batch with PMA's schedule and nothing else of it."""
-    which = only("adamw", "adamw-noaccum", "adamw-pma", "adamw-pma-schedule")
+    which = OPTIMIZERS.only("adamw", "adamw-noaccum", "adamw-pma", "adamw-pma-schedule")
     rates, own = which.own(lab, n)
     every_rate, every = EVERY.own(lab, n)
     rates, own = every_rate | rates, every | own

@@ -181,6 +181,9 @@ class Comparison(NamedTuple):
     data: dict = {}           # which files: arguments of files()
     tuning: list = []         # flags of the runs that tune, such as half the length
 
+    def only(self, *labels):
+        return self._replace(methods={label: self.methods[label] for label in labels})
+
     def command(self, lab, label, lr, seed, split="test"):
         """A run's name, script and flags."""
         init = ["--init", self.start(lab, seed)] if self.start else []
@@ -303,7 +306,7 @@ def color(label, labels):
     return plots.COLORS.get(label) or PALETTE[list(labels).index(label) % len(PALETTE)]
 
 
-def curves(axis, groups, x, y, colors=None, dashed=False):
+def curves(axis, groups, x, y, colors=None):
     """Mean and range over seeds of {label: {seed: run}}'s evaluations."""
     for label, by_seed in groups.items():
         points = [[(e[x], e[y]) for e in run["events"] if y in e] for run in by_seed.values() if "diverged" not in run]
@@ -313,7 +316,7 @@ def curves(axis, groups, x, y, colors=None, dashed=False):
         values = [[p[i][1] for p in points] for i in range(length)]
         drawn = (colors or {}).get(label) or color(label, groups)
         axis.fill_between(cost, list(map(min, values)), list(map(max, values)), color=drawn, alpha=0.12, linewidth=0)
-        axis.plot(cost, list(map(statistics.fmean, values)), "--" if dashed else "-", color=drawn, linewidth=1.3,
+        axis.plot(cost, list(map(statistics.fmean, values)), color=drawn, linewidth=1.3,
                   label=f"{label} (n = {len(points)}{lost})")
 
 
