@@ -138,7 +138,9 @@ def test_weights_that_are_gone_are_made_again_and_must_be_the_same(folder, monke
     for loss[0], note in ((2.0, ""), (2.19, "losses up to 9.5% from those kept")):
         (folder / "start/best.pt").unlink()
         capsys.readouterr()
-        assert new_lab(folder).weights("start", "train_sft.py")["events"][1] == {"step": 9, key: 2.0, "seconds": 1}
+        lab = new_lab(folder)
+        found = lab.weights("start", "train_sft.py")
+        assert found["events"][1] == {"step": 9, key: 2.0, "seconds": 1} and lab.found["start"] == found
         said = capsys.readouterr().out
         assert made.pop() == "start" and (note in said if note else "losses" not in said)
         assert new_lab(folder).file.read_text() == written
